@@ -1,0 +1,226 @@
+"""The job spec: the wish, complete and literal. `auto` is allowed only under `parallel`, where the planner decides.
+
+The text under each field is what `fleetune schema` and the starter of `fleetune init` show: meaning, then unit.
+Reading files and wording errors is `load.py`'s; this file only says what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+Auto = Literal["auto"]
+
+
+def _yaml_number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` (no dot) as a string: take it for the number that was meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Int = Annotated[int, Strict()]
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Number = Annotated[float, BeforeValidator(_yaml_number), Field(allow_inf_nan=False)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ShorthandSection(Section):
+    """A section whose first field may stand for the whole: `task: causal_lm`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        return {next(iter(cls.model_fields)): value} if isinstance(value, str) else value
+
+
+class ModelSection(Section):
+    path: Text | None = None
+    """Folder or hub id of a model with weights, opened by `from_pretrained`."""
+    from_config: Text | dict[str, Any] | None = None
+    """Random weights instead: a `config.json`, a folder with one, or the config itself (`model_type: gpt2, n_layer: 4, ...`); `vocab_size` may be left out, the tokenizer's is taken."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.from_config is None):
+            raise ValueError("needs exactly one of `path` (weights to start from) and `from_config` (random weights)")
+        return self
+
+
+class TaskSection(ShorthandSection):
+    name: Literal["causal_lm", "sequence_classification"]
+    """What is learnt: `causal_lm` (next token) or `sequence_classification` (one label per text)."""
+    labels: Texts | None = None
+    """Names of the classes, in the order of their ids; left out, they are found in the data and sorted."""
+
+
+class TrainTokenizer(Section):
+    kind: Literal["unigram", "bpe"] = "unigram"
+    """SentencePiece algorithm."""
+    vocab_size: Annotated[Int, Field(ge=32, le=1_000_000)]
+    """Pieces, special ones included."""
+
+
+class DataSection(Section):
+    train: Texts | Text
+    """Files, folders or globs: text, jsonl, csv, tsv or parquet (also .gz)."""
+    validation: Texts | Text | None = None
+    """Held-out files of the same form; left out, `validation_fraction` of the training records is held out."""
+    validation_fraction: Fraction = 0.05
+    """Share of records held out when `validation` is not given, chosen by a hash of each record."""
+    format: Literal["text", "jsonl", "csv", "tsv", "parquet"] | None = None
+    """Form of the files; left out, told by their suffix."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """Text files only: what one record is (a paragraph ends at an empty line)."""
+    text_column: Text = "text"
+    """Column with the text (not for text files)."""
+    label_column: Text = "label"
+    """Column with the label (classification)."""
+    tokenizer: Text | None = None
+    """Folder or hub id of a tokenizer, or a SentencePiece `.model`; left out, the model's own."""
+    train_tokenizer: TrainTokenizer | None = None
+    """Train a SentencePiece tokenizer on the training records first."""
+    packing: Literal["concat", "none"] = "concat"
+    """causal_lm only. `concat`: documents are joined, an end-of-text token between them, and cut into `seq_len` blocks, so attention crosses documents inside a block; `none`: one sample per document window, padded."""
+    prepared: Text | None = None
+    """Folder of the prepared data; left out, `<output_dir>/data`."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> DataSection:
+        if self.tokenizer is not None and self.train_tokenizer is not None:
+            raise ValueError("takes one of `tokenizer` (use this one) and `train_tokenizer` (make one), not both")
+        return self
+
+
+class MethodSection(ShorthandSection):
+    name: Literal["full"] = "full"
+    """What is updated: `full`, every parameter."""
+
+
+class TrainingSection(Section):
+    seq_len: PositiveInt
+    """Tokens per sample: longer documents are cut into windows (causal_lm) or truncated (classification)."""
+    global_batch_size: PositiveInt
+    """Samples per optimiser step, over all ranks and accumulation steps."""
+    max_steps: PositiveInt | None = None
+    """Optimiser steps; give this or `num_epochs`."""
+    num_epochs: Annotated[Number, Field(gt=0)] | None = None
+    """Passes over the training samples; give this or `max_steps`."""
+    lr: Annotated[Number, Field(gt=0)] = 5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up, down to `min_lr_ratio` of the peak."""
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up."""
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay; never on biases and norms."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Fraction = 0.999
+    """AdamW's decay of the second moment."""
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    """Global gradient norm is clipped to this; null for no clipping."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError("needs exactly one of `max_steps` and `num_epochs`")
+        return self
+
+
+class ParallelSection(ShorthandSection):
+    strategy: Strategy | Auto = "auto"
+    """How the model state is sharded over the ranks: ddp, zero1, zero2, zero3 (DeepSpeed), fsdp (torch FSDP2)."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Samples per rank in one forward and backward pass."""
+    recompute: Literal["none", "full"] | Auto = "auto"
+    """Activation checkpointing: `full` keeps only the input of each block and computes the rest again."""
+    precision: Literal["fp32", "bf16"] | Auto = "auto"
+    """Arithmetic of forward and backward; `auto` follows the hardware. Master weights and moments stay fp32."""
+    deepspeed_preset: Text | None = None
+    """DeepSpeed JSON with hand-tunable keys (a file, or a name from `ds_configs/`); zero1, zero2 and zero3 only."""
+
+
+class ClusterSection(ShorthandSection):
+    name: Text = "cpu"
+    """A file of `slurm/clusters/` without its suffix, or a path to such a file."""
+    nodes: PositiveInt = 1
+    """Machines."""
+    gpus_per_node: PositiveInt = 1
+    """Accelerators, and so ranks, per machine (on a CPU cluster: ranks)."""
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = None
+    """Save after this many optimiser steps; the last step is always saved."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints kept."""
+    resume: Bool = True
+    """Go on from the newest complete checkpoint in `<output_dir>/checkpoints`, if there is one."""
+
+
+class EvaluationSection(Section):
+    every_steps: PositiveInt | None = None
+    """Score the held-out samples after this many steps; they are always scored at the end."""
+    max_samples: PositiveInt | None = None
+    """Held-out samples scored during training, from the first on; left out, all."""
+
+
+class TrackingSection(Section):
+    log_every_steps: PositiveInt = 10
+    """A record in `metrics.jsonl` and, when not on a terminal, a printed line, per this many steps."""
+
+
+class JobSpec(Section):
+    """One fine-tuning job, from the data to the scores."""
+
+    output_dir: Text
+    """Folder of the run: prepared data, plan, logs, metrics, checkpoints."""
+    model: ModelSection
+    """The model to start from."""
+    task: TaskSection
+    """What is learnt."""
+    data: DataSection
+    """What it is learnt from."""
+    method: MethodSection = MethodSection()
+    """Which parameters are updated."""
+    training: TrainingSection
+    """Batch, length, optimiser, schedule."""
+    parallel: ParallelSection = ParallelSection()
+    """How the work is laid over the ranks; `auto` lets the planner decide."""
+    cluster: ClusterSection = ClusterSection()
+    """The machines."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When the state is saved."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """When the held-out samples are scored."""
+    tracking: TrackingSection = TrackingSection()
+    """What is written down while it runs."""
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the weights, the dropout and the data order."""
+
+    @property
+    def prepared_dir(self) -> str:
+        return self.data.prepared or f"{self.output_dir}/data"
+
+    @property
+    def num_ranks(self) -> int:
+        return self.cluster.nodes * self.cluster.gpus_per_node

@@ -1,0 +1,1 @@
+"""WHAT IS LEARNED: one file per task. A task turns records into rows, rows into batches, and outputs into a loss."""
