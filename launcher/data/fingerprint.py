@@ -1,0 +1,49 @@
+"""What prepared data depends on, as one short text: change any of it, and the data must be prepared again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Any
+
+from launcher.job.spec import JobSpec
+
+FORMAT_VERSION = 1
+"""Raised when the same options would give other shards, so that data of an older release is not taken for new."""
+
+
+def options_fingerprint(spec: JobSpec) -> str:
+    """Of the options alone, without opening an input: of everything under `training`, only `seq_len` matters."""
+    return digest_of(["options", FORMAT_VERSION, relevant_options(spec)])
+
+
+def relevant_options(spec: JobSpec) -> dict[str, Any]:
+    """The options that can change a shard; those that cannot take effect are left out."""
+    data = spec.data
+    options: dict[str, Any] = {
+        "task": spec.task.name,
+        "seq_len": spec.training.seq_len,
+        "train": _as_list(data.train),
+        "format": data.format,
+        "sample_by": data.sample_by,
+        "text_column": data.text_column,
+        "tokenizer": data.tokenizer,
+        "train_tokenizer": data.train_tokenizer and data.train_tokenizer.model_dump(),
+    }
+    options["validation"] = _as_list(data.validation) if data.validation else data.validation_fraction
+    if data.tokenizer is None and data.train_tokenizer is None:
+        options["model"] = spec.model.path or spec.model.from_config
+    if spec.task.name == "causal_lm":
+        return {**options, "packing": data.packing}
+    return {**options, "label_column": data.label_column, "labels": spec.task.labels}
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """blake2b, 16 bytes in hex, of values that JSON can hold, whatever the order of their keys."""
+    text = json.dumps(list(parts), sort_keys=True, ensure_ascii=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_list(sources: str | tuple[str, ...]) -> list[str]:
+    return [sources] if isinstance(sources, str) else list(sources)

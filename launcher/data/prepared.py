@@ -1,0 +1,180 @@
+"""Prepared data, opened for training: an ordinary `datasets` folder plus `index.json`, read by memory map.
+
+`index.json` is written last and is the proof that the folder is complete. Rows are views of the mapped files: memory
+grows neither with the data nor with the number of ranks on a machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher.data.fingerprint import options_fingerprint
+from launcher.data.order import Ints
+from launcher.errors import ABSENT, DataError, Problem
+from launcher.job.spec import JobSpec
+from launcher.task import Row
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+_MADE_BY = "run `fleetune prepare` with the spec of this run"
+_MADE_AGAIN = "make it again with `fleetune prepare --force`"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    folder: Path
+    index: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.index["fingerprint"])
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes by id; None where the task has none."""
+        return None if self.index["labels"] is None else tuple(self.index["labels"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.index["vocab_size"])
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.index["pad_id"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.folder / "tokenizer"
+
+    def split(self, name: str) -> PreparedSplit:
+        """`train` or `validation`; DataError if nothing was held out."""
+        if name not in self.index["splits"]:
+            way_out = "set data.validation, or a data.validation_fraction above 0, and prepare again"
+            raise DataError(str(self.folder), ABSENT, f"has no {name} samples", way_out)
+        return PreparedSplit(self.folder / name, self.index["splits"][name])
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """Random access to the samples of one split."""
+
+    folder: Path
+    entry: dict[str, Any]
+
+    def __len__(self) -> int:
+        return int(self.entry["num_samples"])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.entry["num_tokens"])
+
+    def rows(self, ids: Ints) -> list[Row]:
+        """The samples with these ids; `input_ids` are read-only views of the file, uint16 or int32."""
+        starts, batches = self._batches
+        numbers = np.searchsorted(starts, ids, side="right") - 1
+        return [_row(batches[b], int(i - starts[b])) for b, i in zip(numbers.tolist(), ids, strict=True)]
+
+    @cached_property
+    def _batches(self) -> tuple[Ints, list[dict[str, Any]]]:
+        """First sample id of each record batch, and each batch as numpy views: flat values and row offsets."""
+        import pyarrow
+
+        batches = []
+        for shard in self.entry["shards"]:
+            with pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.folder / shard["file"]))) as reader:
+                batches += [_views(batch) for batch in reader]
+        lengths = np.array([len(views["offsets"]) - 1 for views in batches], dtype=np.int64)
+        return np.cumsum(lengths) - lengths, batches
+
+
+def _views(batch: Any) -> dict[str, Any]:
+    tokens = batch.column("input_ids")
+    views = {"offsets": tokens.offsets.to_numpy(), "input_ids": tokens.values.to_numpy()}
+    if "label" in batch.schema.names:
+        views["label"] = batch.column("label").to_numpy()
+    return views
+
+
+def _row(views: dict[str, Any], i: int) -> Row:
+    start, stop = views["offsets"][i : i + 2]
+    row: Row = {"input_ids": views["input_ids"][start:stop]}
+    if "label" in views:
+        row["label"] = int(views["label"][i])
+    return row
+
+
+def open_prepared(spec: JobSpec, *, verify: bool = False) -> PreparedData:
+    """The prepared data of a spec. DataError if it is missing, of other options, or damaged.
+
+    Sizes are always checked; `verify` also reads every shard and compares its checksum.
+    """
+    folder = Path(spec.prepared_dir)
+    index = read_index(folder)
+    if index is None:
+        raise DataError("data.prepared", str(folder), "holds no prepared data", _MADE_BY)
+    if index["options_fingerprint"] != options_fingerprint(spec):
+        rule = "was prepared with other options (task, data or seq_len)"
+        way_out = "run `fleetune prepare --force`, or give another folder as data.prepared"
+        raise DataError("data.prepared", str(folder), rule, way_out)
+    problems = damages(folder, index, verify=verify)
+    if problems:
+        raise DataError.several(problems)
+    return PreparedData(folder, index)
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a prepared folder, or None where there is none. DataError if it cannot be understood."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(str(path), ABSENT, "is not valid JSON", _MADE_AGAIN) from None
+    version = index.get("version") if isinstance(index, dict) else None
+    if version != INDEX_VERSION:
+        rule = f"is not the version of prepared data that this release reads ({INDEX_VERSION})"
+        raise DataError(f"{path}: version", version, rule, _MADE_AGAIN)
+    return dict(index)
+
+
+def damages(folder: Path, index: dict[str, Any], *, verify: bool) -> list[Problem]:
+    """Every shard that is not as it was written, with the samples it holds."""
+    problems = []
+    for name, entry in index["splits"].items():
+        first = 0
+        for shard in entry["shards"]:
+            path = folder / name / shard["file"]
+            damage = _damage(path, shard, verify)
+            if damage:
+                held = f"{name} samples {first} to {first + shard['num_samples'] - 1}"
+                problems.append(Problem(str(path), ABSENT, f"{damage} ({held})", _MADE_AGAIN))
+            first += shard["num_samples"]
+    return problems
+
+
+def _damage(path: Path, shard: dict[str, Any], verify: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != shard["size"]:
+        return f"has {path.stat().st_size} bytes instead of {shard['size']}"
+    if verify and file_digest(path) != shard["blake2b"]:
+        return "does not have the checksum it was written with"
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """blake2b of a file, 32 bytes in hex, read in pieces of 1 MiB."""
+    digest = blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""From the global order to what one rank reads: micro-batches of a step, a prefetch thread, batches to evaluate.
+
+The rows of step s are the same set on any number of ranks: the global batch is cut from the order first, and the ranks
+take turns in it. Nothing here has a state but the thread; a position is one integer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from launcher.data.order import GlobalOrder, Ints
+from launcher.errors import DataError
+from launcher.task import Row
+
+StepT = TypeVar("StepT")
+
+
+class RowSource(Protocol):
+    """What a prepared split is to this module."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, ids: Ints) -> list[Row]: ...
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the run stands in the data: samples consumed so far over all epochs and ranks, and of which data."""
+
+    position: int
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"position": self.position, "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any], fingerprint: str) -> Cursor:
+        """The saved cursor, if it is one of the data with this fingerprint; otherwise `DataError`."""
+        if saved["fingerprint"] != fingerprint:
+            raise DataError(
+                "data",
+                fingerprint,
+                f"is not the fingerprint of the data this run was trained on so far ({saved['fingerprint']})",
+                "restore that data, or start afresh in another output_dir",
+            )
+        return cls(position=int(saved["position"]), fingerprint=fingerprint)
+
+
+@dataclass(frozen=True)
+class BatchStream:
+    """One rank's share of each optimiser step. Its rows are `ids[rank::world_size]` of the global batch."""
+
+    split: RowSource
+    order: GlobalOrder
+    global_batch_size: int
+    rank: int
+    world_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        assert self.global_batch_size % (self.world_size * self.micro_batch_size) == 0, "the planner sees to it"
+
+    def sample_ids(self, position: int) -> Ints:
+        """Ids of this rank's samples in the step that starts at global `position`."""
+        return self.order.samples(position, self.global_batch_size)[self.rank :: self.world_size]
+
+    def micro_batches(self, position: int) -> list[list[Row]]:
+        """The rows of one optimiser step, in micro-batches of `micro_batch_size`."""
+        rows = self.split.rows(self.sample_ids(position))
+        return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+
+
+def eval_batches(
+    split: RowSource, rank: int, world_size: int, batch_size: int, max_samples: int | None = None
+) -> Iterator[list[Row]]:
+    """Samples 0, 1, 2, ... in turns over the ranks, each once. Every rank gets as many batches; late ones may be short or empty."""
+    num_samples = len(split) if max_samples is None else min(len(split), max_samples)
+    stride = world_size * batch_size
+    for start in range(0, num_samples, stride):
+        ids = np.arange(start + rank, min(start + stride, num_samples), world_size)
+        yield split.rows(ids) if ids.size else []
+
+
+class Prefetcher(Generic[StepT]):
+    """Makes step n + 1 in a thread while the caller computes step n. Threads do: reading is a memory-mapped gather.
+
+    `with Prefetcher(make, start, stride) as steps: for step in steps: ...`; `make(position)` runs in the thread, for
+    start, start + stride, ... An error there is raised in the caller. Leaving the `with` ends the thread.
+    """
+
+    def __init__(self, make: Callable[[int], StepT], start: int, stride: int, stop: int | None = None) -> None:
+        self._make = make
+        self._positions = iter(_positions(start, stride, stop))
+        self._ready: queue.Queue[tuple[StepT | None, BaseException | None] | None] = queue.Queue(maxsize=1)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+
+    def __enter__(self) -> Prefetcher[StepT]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[StepT]:
+        while (item := self._ready.get()) is not None:
+            step, error = item
+            if error is not None:
+                raise error
+            yield step  # type: ignore[misc]  # a step whenever there is no error
+
+    def close(self) -> None:
+        self._closing.set()
+        while self._thread.is_alive():
+            self._drop_one()
+            self._thread.join(timeout=0.05)
+
+    def _work(self) -> None:
+        for position in self._positions:
+            try:
+                item = (self._make(position), None)
+            except BaseException as error:  # noqa: BLE001  handed to the caller's thread, where it is raised
+                self._put((None, error))
+                return
+            if not self._put(item):
+                return
+        self._put(None)
+
+    def _put(self, item: tuple[StepT | None, BaseException | None] | None) -> bool:
+        """Wait for room, unless the caller is leaving."""
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _drop_one(self) -> None:
+        try:
+            self._ready.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _positions(start: int, stride: int, stop: int | None) -> Iterator[int]:
+    position = start
+    while stop is None or position < stop:
+        yield position
+        position += stride

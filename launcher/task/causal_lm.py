@@ -1,0 +1,117 @@
+"""Next-token prediction: documents joined and cut into blocks, or one window of a document per row.
+
+A row holds tokens only. Its first token has nothing before it and is never a target, so a row of n tokens has n - 1
+targets, and a block of one token, which would have none, is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from launcher.task import IGNORED, Batch, Record, Row
+from launcher.task.padding import pad_right
+
+
+class CausalLM:
+    name = "causal_lm"
+    auto_class = "AutoModelForCausalLM"
+    columns: tuple[str, ...] = ("input_ids",)
+
+    def __init__(self, seq_len: int, packing: Literal["concat", "none"]) -> None:
+        self.seq_len = seq_len
+        self.packing = packing
+        self.config_overrides: dict[str, Any] = {}
+
+    def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
+        documents = _documents(records, tokenizer)
+        blocks = _packed(documents, self.seq_len) if self.packing == "concat" else _windows(documents, self.seq_len)
+        return ({"input_ids": block} for block in blocks if len(block) > 1)
+
+    def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
+        batch = pad_right(rows, pad_id)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        labels[:, 0] = IGNORED  # nothing predicts it; said here so that a count of labels is a count of targets
+        return {**batch, "labels": labels}
+
+    def dummy_rows(self, count: int) -> list[Row]:
+        return [{"input_ids": [0]} for _ in range(count)]
+
+    def num_valid(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        return _cross_entropy_sum(logits, _next_tokens(batch))
+
+    def metrics(self) -> CausalLMMetrics:
+        return CausalLMMetrics()
+
+
+class CausalLMMetrics:
+    """`sums` = (loss in nats, targets, targets whose most likely token was right), float64."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        targets = _next_tokens(batch)
+        loss = _cross_entropy_sum(logits, targets)
+        num_valid = (targets != IGNORED).sum()
+        num_right = (logits.argmax(-1) == targets).sum()
+        self.sums = self.sums.to(logits.device) + torch.stack([loss.double(), num_valid.double(), num_right.double()])
+
+    def result(self) -> dict[str, float]:
+        loss_sum, num_valid, num_right = self.sums.tolist()
+        if num_valid == 0:
+            return dict.fromkeys(("loss", "perplexity", "accuracy"), float("nan"))
+        loss = loss_sum / num_valid
+        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": num_right / num_valid}
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    """Target of each position (B, T): the token after it. Labels move, not logits: no copy of (B, T, V)."""
+    return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def _documents(records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[NDArray[np.int64]]:
+    """Token ids of each record with the end-of-text token behind; a record without a token is left out."""
+    for some in records:
+        texts = [record.text for record in some]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            if ids:
+                yield np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)
+
+
+def _packed(documents: Iterable[NDArray[np.int64]], seq_len: int) -> Iterator[NDArray[np.int64]]:
+    """Blocks of exactly `seq_len` tokens of the joined documents, then what is left over as a shorter one."""
+    held: list[NDArray[np.int64]] = []
+    num_held = 0
+    for document in documents:
+        held.append(document)
+        num_held += len(document)
+        if num_held >= seq_len:
+            joined = np.concatenate(held)
+            end = num_held - num_held % seq_len
+            yield from joined[:end].reshape(-1, seq_len)
+            held, num_held = [joined[end:].copy()], num_held - end
+    if num_held:
+        yield np.concatenate(held)
+
+
+def _windows(documents: Iterable[NDArray[np.int64]], seq_len: int) -> Iterator[NDArray[np.int64]]:
+    for document in documents:
+        for start in range(0, len(document), seq_len):
+            yield document[start : start + seq_len]
