@@ -51,7 +51,9 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Cluster:
-        figures = {f"gpu.{key}" for key in ("memory_gib", "context_gib", "bf16")} | {f"link.{key}" for key in Link.model_fields}
+        figures = {f"gpu.{key}" for key in ("memory_gib", "context_gib", "bf16")} | {
+            f"link.{key}" for key in Link.model_fields
+        }
         missing = sorted(figures - set(self.sources))
         if missing:
             raise ValueError(f"`sources` says nothing of {', '.join(missing)}")
@@ -75,5 +77,7 @@ def load_cluster(name: str) -> Cluster:
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise SpecError("cluster.name", name, "names no cluster file", f"known: {known}; or give the path of a YAML file")
+        raise SpecError(
+            "cluster.name", name, "names no cluster file", f"known: {known}; or give the path of a YAML file"
+        )
     return decode(Cluster, read_yaml(path, what="cluster file"), prefix=f"{path}: ")

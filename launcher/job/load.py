@@ -48,7 +48,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         complaint = getattr(error, "problem", None) or str(error) or "nesting too deep"
         raise SpecError(where, ABSENT, f"is not valid YAML ({complaint})", "mend this line") from None
     if not isinstance(raw, dict):
-        raise SpecError(str(path), ABSENT, "holds no `key: value` pairs", f"a {what} starts with lines such as `seed: 0`")
+        raise SpecError(
+            str(path), ABSENT, "holds no `key: value` pairs", f"a {what} starts with lines such as `seed: 0`"
+        )
     return raw
 
 
@@ -80,7 +82,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if isinstance(child, str) and depth == 0:
             child = _spread_shorthand(key, child)
         if not isinstance(child, dict | None):
-            raise SpecError(f"--set {dotted}", child, f"is the value of `{key}`, which has no keys", "set the whole value")
+            raise SpecError(
+                f"--set {dotted}", child, f"is the value of `{key}`, which has no keys", "set the whole value"
+            )
         node[key] = child = {} if child is None else child
         node = child
     node[keys[-1]] = value
@@ -128,7 +132,10 @@ def _resolve(schema: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[list[s
             return path, node, list(loc[position:])
         path.append(str(part))
         described = node["properties"][part]
-        node = {**_dereference(schema, described), **{k: v for k, v in described.items() if k in ("default", "description")}}
+        node = {
+            **_dereference(schema, described),
+            **{k: v for k, v in described.items() if k in ("default", "description")},
+        }
     return path, node, []
 
 
@@ -154,11 +161,21 @@ def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
         return f"`{node['const']}`"
     if "enum" in node:
         return "one of " + ", ".join(map(str, node["enum"]))
-    name = {"integer": "an integer", "number": "a number", "string": "a non-empty text", "boolean": "true or false"}.get(
-        node.get("type", ""), {"array": "a list of texts", "object": "a mapping", "null": "null"}.get(node.get("type", ""), "valid")
+    name = {
+        "integer": "an integer",
+        "number": "a number",
+        "string": "a non-empty text",
+        "boolean": "true or false",
+    }.get(
+        node.get("type", ""),
+        {"array": "a list of texts", "object": "a mapping", "null": "null"}.get(node.get("type", ""), "valid"),
     )
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {node[key]:g}" if node[key] < 1e7 else f"{sign} {node[key]}" for key, sign in signs.items() if key in node]
+    bounds = [
+        f"{sign} {node[key]:g}" if node[key] < 1e7 else f"{sign} {node[key]}"
+        for key, sign in signs.items()
+        if key in node
+    ]
     return f"{name} {' and '.join(bounds)}".rstrip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from launcher.errors import FleetuneError
@@ -15,3 +16,8 @@ def resource_dir(name: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise FleetuneError(f"the installation has no folder {name!r}; install fleetune again")
+
+
+def cache_dir() -> Path:
+    """Where what can be computed again is kept: `$XDG_CACHE_HOME/fleetune`, by default `~/.cache/fleetune`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleetune"

@@ -1,0 +1,6 @@
+"""WHAT WE DECIDE: (JobSpec, ModelCost, Cluster) -> Plan. Pure arithmetic: no torch, no numpy, no files."""
+
+from launcher.plan.search import make_plan
+from launcher.plan.values import Candidate, Item, Memory, Plan, Rejected
+
+__all__ = ["Candidate", "Item", "Memory", "Plan", "Rejected", "make_plan"]

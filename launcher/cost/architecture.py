@@ -1,0 +1,135 @@
+"""From a spec to the transformers config and class of its model; used to measure it and to build it.
+
+Imports transformers. Model code from a folder or a hub is never run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ABSENT, ModelError
+from launcher.job.spec import JobSpec, ModelSection
+
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
+
+
+def model_config(spec: JobSpec, vocab_size: int | None = None, overrides: dict[str, Any] | None = None) -> Any:
+    """The `PretrainedConfig` of the spec's model.
+
+    vocab_size: rows of the embedding of a model with random weights that does not state its own.
+    overrides: the task's (`num_labels`, `id2label`).
+    Raises `ModelError`: no config, unknown architecture, a key that the architecture does not know.
+    """
+    if spec.model.path is not None:
+        return config_of_folder(spec.model.path, overrides or {})
+    raw = dict(_raw_config(spec.model))
+    if vocab_size is not None:
+        raw.setdefault("vocab_size", vocab_size)
+    return _config_from_dict(raw, overrides or {})
+
+
+def config_of_folder(path: str, overrides: dict[str, Any], where: str = "model.path") -> Any:
+    """Config of a local folder or hub id."""
+    from transformers import AutoConfig
+
+    if _looks_local(path) and not Path(path, "config.json").is_file():
+        raise ModelError(where, path, "has no config.json", "give a folder that `save_pretrained` wrote, or a hub id")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            where, path, f"cannot be opened ({_first_line(error)})", "give a model folder or hub id"
+        ) from None
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def _raw_config(model: ModelSection) -> dict[str, Any]:
+    source = model.from_config
+    if isinstance(source, dict):
+        return source
+    assert source is not None, "ModelSection holds exactly one source"
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError("model.from_config", source, "has no config.json", "give a config.json, or the keys") from None
+    except (OSError, ValueError) as error:
+        raise ModelError("model.from_config", source, f"cannot be read ({_first_line(error)})", "mend it") from None
+    if not isinstance(raw, dict):
+        raise ModelError("model.from_config", source, "is not a JSON object", "give a model's config.json")
+    return raw
+
+
+def _config_from_dict(raw: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    model_type = raw.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ModelError("model.from_config.model_type", ABSENT, "is missing", "add e.g. `model_type: gpt2`")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ModelError(
+            "model.from_config.model_type",
+            model_type,
+            "is no architecture of the installed transformers",
+            _nearest(model_type),
+        ) from None
+    _refuse_unknown_keys(raw, default)
+    try:
+        return AutoConfig.for_model(model_type, **raw, **overrides)
+    except Exception as error:  # noqa: BLE001 - each architecture checks its values with exceptions of its own
+        raise ModelError(
+            "model.from_config", raw, f"is refused by {model_type} ({_first_line(error)})", "mend it"
+        ) from None
+
+
+def _nearest(model_type: str) -> str:
+    from transformers import CONFIG_MAPPING
+
+    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else "try gpt2, llama or bert"
+
+
+def _refuse_unknown_keys(raw: dict[str, Any], default: Any) -> None:
+    """A config class takes any key and ignores what it does not know, so a misspelt size would be a silence."""
+    known = (
+        set(default.to_dict())
+        | set(default.attribute_map)
+        | {"architectures", "transformers_version", "dtype", "torch_dtype"}
+    )
+    for key in raw:
+        if key not in known and not hasattr(default, key):
+            close = difflib.get_close_matches(key, sorted(known), n=1)
+            way_out = f"did you mean `{close[0]}`?" if close else "leave it out"
+            raise ModelError(f"model.from_config.{key}", raw[key], f"is not a key of {default.model_type}", way_out)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def auto_class(task_name: str) -> Any:
+    """`AutoModelForCausalLM`, `AutoModelForSequenceClassification`."""
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[task_name])
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The repeated transformer blocks: the members of the ModuleList that holds most parameters."""
+    import torch
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))

@@ -1,0 +1,63 @@
+"""The values that the planner computes with. No torch here: a login node reads them from JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LinearInBatch:
+    """Bytes as a function of micro-batch B and sequence length T: `B * (per_token * T + per_token_squared * T**2)`."""
+
+    per_token: float
+    per_token_squared: float
+
+    def at(self, micro_batch_size: int, seq_len: int) -> int:
+        return round(micro_batch_size * seq_len * (self.per_token + self.per_token_squared * seq_len))
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What autograd keeps from forward for backward, parameters not counted, logits and loss not counted."""
+
+    blocks: LinearInBatch
+    """All transformer blocks together."""
+    outside: LinearInBatch
+    """Embeddings, final norm, head."""
+    block_inputs: LinearInBatch
+    """Inputs of all blocks: what full recompute keeps."""
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Exact counts, and bytes traced from the real modules."""
+
+    architecture: str
+    """Class that was measured, `GPT2LMHeadModel` say."""
+    num_params: int
+    """Parameters, tied ones once."""
+    num_trainable_params: int
+    num_blocks: int
+    block_num_params: int
+    """Parameters of the largest block."""
+    outside_num_params: int
+    """Parameters outside the blocks, tied ones once."""
+    logits_width: int
+    """Numbers per target: the vocabulary (per token), or the labels (per sample)."""
+    logits_per_token: bool
+    max_positions: int | None
+    """Longest sequence that the model has positions for; None when it has no such bound."""
+    saved: dict[str, SavedBytes]
+    """By precision, `fp32` and `bf16`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> ModelCost:
+        saved = {
+            precision: SavedBytes(**{part: LinearInBatch(**coefficients) for part, coefficients in parts.items()})
+            for precision, parts in raw["saved"].items()
+        }
+        return cls(**{**raw, "saved": saved})

@@ -1,0 +1,162 @@
+"""Bytes per rank, item by item, as each engine really allocates them. AdamW, every parameter trained.
+
+P parameters, N ranks, p bytes of an element in forward and backward (4 in fp32, 2 in bf16), B micro-batch, T length.
+Sources: DeepSpeed 0.19 `runtime/zero/stage_1_and_2.py`, `stage3.py` (flat partitions, ipg bucket, live parameters);
+torch 2.13 `distributed/fsdp/_fully_shard` (one group gathered while the next is prefetched), `nn/parallel/distributed.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from launcher.cost.values import ModelCost
+from launcher.plan.values import Item, Memory
+
+FP32 = 4
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""Elements that ZeRO collects before it reduces. DeepSpeed's default of 5e8 would cost 2 GB of fp32 on every rank."""
+FRAGMENTATION = 0.05
+"""Share of the total that the caching allocator loses to rounding and holes: a margin, not a measurement."""
+
+
+def rank_memory(
+    cost: ModelCost,
+    strategy: str,
+    num_ranks: int,
+    micro_batch_size: int,
+    seq_len: int,
+    recompute: str,
+    precision: str,
+    usable_bytes: int,
+) -> Memory:
+    """Account of one rank at the peak of a step."""
+    state = _STATE[strategy](cost, num_ranks, precision)
+    items = [*state, *_activations(cost, micro_batch_size, seq_len, recompute, precision)]
+    margin = round(sum(item.num_bytes for item in items) * FRAGMENTATION)
+    items.append(Item("fragmentation", margin, f"{FRAGMENTATION:.0%} of the above, a margin"))
+    return Memory(tuple(item for item in items if item.num_bytes), usable_bytes)
+
+
+def _ceil_div(total: int, parts: int) -> int:
+    return -(-total // parts)
+
+
+def _ddp(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
+    num = cost.num_params
+    items = [
+        Item("parameters", FP32 * num, "4 P"),
+        Item("gradients", FP32 * num, "4 P, views of the reduction buckets"),
+        Item("optimiser", 2 * FP32 * num, "8 P: two moments"),
+    ]
+    if precision == "bf16":
+        items.append(Item("autocast copies", 2 * num, "2 P: weights cast once per step"))
+    return items
+
+
+def _zero(cost: ModelCost, num_ranks: int, precision: str, shard_gradients: bool) -> list[Item]:
+    num, element = cost.num_params, ELEMENT_BYTES[precision]
+    part = _ceil_div(num, num_ranks)
+    gradients = part if shard_gradients else num
+    bucket = min(REDUCE_BUCKET_ELEMENTS, num)
+    items = [
+        Item("parameters", element * num, "p P"),
+        Item("fp32 masters", FP32 * part, "4 P / N, a copy even in fp32"),
+        Item("gradients", element * gradients, "p P / N" if shard_gradients else "p P"),
+        Item("optimiser", 2 * FP32 * part, "8 P / N: two moments"),
+        Item("reduction bucket", element * bucket, "p x min(reduce_bucket_size, P)"),
+    ]
+    if precision == "bf16":
+        items.append(Item("fp32 gradients", FP32 * part, "4 P / N, made for the optimiser step"))
+    return items
+
+
+def _zero1(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
+    return _zero(cost, num_ranks, precision, shard_gradients=False)
+
+
+def _zero2(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
+    return _zero(cost, num_ranks, precision, shard_gradients=True)
+
+
+def _zero3(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
+    element, part = ELEMENT_BYTES[precision], _ceil_div(cost.num_params, num_ranks)
+    live = cost.outside_num_params + 2 * cost.block_num_params
+    bucket = min(REDUCE_BUCKET_ELEMENTS, cost.num_params)
+    items = [
+        Item("parameters", element * part, "p P / N"),
+        Item("fp32 masters", FP32 * part, "4 P / N, a copy even in fp32"),
+        Item("gradients", element * part, "p P / N"),
+        Item("optimiser", 2 * FP32 * part, "8 P / N: two moments"),
+        Item("gathered parameters", element * live, "p x (outside blocks + 2 blocks)"),
+        Item("reduction bucket", element * bucket, "p x min(reduce_bucket_size, P)"),
+    ]
+    if precision == "bf16":
+        items.append(Item("fp32 gradients", FP32 * part, "4 P / N, made for the optimiser step"))
+    return items
+
+
+def _fsdp(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
+    element, part = ELEMENT_BYTES[precision], _ceil_div(cost.num_params, num_ranks)
+    gathered = cost.outside_num_params + 2 * cost.block_num_params
+    unsharded = cost.outside_num_params + cost.block_num_params
+    return [
+        Item("parameters", FP32 * part, "4 P / N"),
+        Item("gradients", FP32 * part, "4 P / N"),
+        Item("optimiser", 2 * FP32 * part, "8 P / N: two moments"),
+        Item("gathered parameters", element * gathered, "p x (outside blocks + 2 blocks)"),
+        Item("gathered gradients", FP32 * unsharded, "4 x (outside blocks + 1 block), before they are reduced"),
+    ]
+
+
+_STATE: dict[str, Callable[[ModelCost, int, str], list[Item]]] = {
+    "ddp": _ddp,
+    "zero1": _zero1,
+    "zero2": _zero2,
+    "zero3": _zero3,
+    "fsdp": _fsdp,
+}
+
+
+def _activations(cost: ModelCost, micro_batch_size: int, seq_len: int, recompute: str, precision: str) -> list[Item]:
+    saved = cost.saved[precision]
+    blocks = saved.blocks.at(micro_batch_size, seq_len)
+    if recompute == "full":
+        one = blocks // max(1, cost.num_blocks)
+        inputs = saved.block_inputs.at(micro_batch_size, seq_len)
+        kept = Item("activations", inputs + one, "inputs of the blocks + all of one block, traced at B, T")
+    else:
+        kept = Item("activations", blocks, "saved for backward in the blocks, traced at B, T")
+    targets = micro_batch_size * (seq_len if cost.logits_per_token else 1)
+    return [
+        kept,
+        Item("activations outside", saved.outside.at(micro_batch_size, seq_len), "embeddings, last norm, head"),
+        _logits(targets * cost.logits_width, precision),
+    ]
+
+
+def _logits(num_logits: int, precision: str) -> Item:
+    """The loss is taken in fp32: log-probabilities and their gradient, beside the logits as the model gives them."""
+    if precision == "bf16":
+        return Item(
+            "logits and loss", 16 * num_logits, "16 bytes x logits: bf16, fp32 copy, log-softmax, both gradients"
+        )
+    return Item("logits and loss", 12 * num_logits, "12 bytes x logits: fp32, log-softmax, gradient")
+
+
+def communication_bytes(cost: ModelCost, strategy: str, num_ranks: int, accumulation_steps: int, precision: str) -> int:
+    """Bytes that one rank sends per optimiser step; a ring all-gather or reduce-scatter sends (N-1)/N of the vector.
+
+    ddp and zero1 reduce once per step; zero2, zero3 and fsdp reduce every micro-batch, which is what keeps their
+    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward.
+    """
+    element = ELEMENT_BYTES[precision]
+    vector = cost.num_params * (num_ranks - 1) // num_ranks
+    passes = {
+        "ddp": 2 * FP32,
+        "zero1": 2 * element,
+        "zero2": element * (accumulation_steps + 1),
+        "zero3": 3 * element * accumulation_steps,
+        "fsdp": (2 * element + FP32) * accumulation_steps,
+    }
+    return vector * passes[strategy]
