@@ -1,0 +1,169 @@
+"""Writes a folder that plain transformers opens: safetensors shards, their index, config and tokenizer.
+
+The layout of a shard is 8 bytes of header length, a JSON header padded with spaces to a multiple of 8, then the values
+one after another. Source: the safetensors format description, https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from launcher.errors import ABSENT, CheckpointError
+from tools.formats.tensors import TensorEntry
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""What safetensors can hold, and its name for it."""
+
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+SIDE_SUFFIXES = (".model", ".tiktoken", ".jinja")
+"""Files that belong to the tokenizer or to generation and are copied as they are; never code, never weights."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to be."""
+
+    file_name: str
+    tensors: Mapping[str, TensorEntry]
+
+    def header(self) -> bytes:
+        """The first bytes of the file, length included; offsets in it count from the end of the header."""
+        described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, entry in self.tensors.items():
+            end = at + entry.num_bytes
+            described[name] = {
+                "dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, end],
+            }  # fmt: skip
+            at = end
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[Shard]:
+    """Cuts the tensors, in their order, into files of at most `shard_bytes` of values (one tensor is never cut)."""
+    groups: list[dict[str, TensorEntry]] = [{}]
+    size = 0
+    for name, entry in tensors.items():
+        if groups[-1] and size + entry.num_bytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.num_bytes
+    count = len(groups)
+    names = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    return [
+        Shard("model.safetensors" if count == 1 else name, group) for name, group in zip(names, groups, strict=True)
+    ]
+
+
+class HfSink:
+    """Streams tensors into shards; a `TensorSink`. `write` wants the tensors in the order of the plan."""
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.folder, self.shards = folder, shards
+        self.order = iter([(shard, name) for shard in shards for name in shard.tensors])
+        self.open_shard: Shard | None = None
+        self.stream: IO[bytes] | None = None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        shard, planned = next(self.order)
+        assert (planned, shard.tensors[name]) == (name, TensorEntry(tuple(tensor.shape), tensor.dtype))
+        if shard is not self.open_shard:
+            self._finish_shard()
+            self.stream = (self.folder / shard.file_name).open("wb", buffering=0)
+            self.open_shard = shard
+            _write_all(self.stream, memoryview(shard.header()))
+        assert self.stream is not None
+        _write_all(self.stream, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        assert next(self.order, None) is None, "every planned tensor is written"
+        self._finish_shard()
+        if len(self.shards) > 1:
+            write_json(self.folder / "model.safetensors.index.json", self._index())
+        fsync_folder(self.folder)
+
+    def close(self) -> None:
+        """Lets go of the open file, finished or not."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def _finish_shard(self) -> None:
+        if self.stream is not None:
+            os.fsync(self.stream.fileno())
+            self.close()
+
+    def _index(self) -> dict[str, Any]:
+        entries = [entry for shard in self.shards for entry in shard.tensors.values()]
+        return {
+            "metadata": {"total_size": sum(entry.num_bytes for entry in entries)},
+            "weight_map": {name: shard.file_name for shard in self.shards for name in shard.tensors},
+        }
+
+
+def _write_all(stream: IO[bytes], values: memoryview) -> None:
+    """One `write` may take less than it is given (Linux: at most 2 GiB)."""
+    while values:
+        values = values[stream.write(values) :]
+
+
+def write_json(file: Path, value: Any) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes new and renamed names in a folder survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            str(folder), ABSENT, "holds no config.json", "name a folder with the model's config: --config DIR"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(str(file), ABSENT, f"is not JSON ({error})", "name another with --config DIR") from None
+    if not isinstance(config, dict) or not config.get("architectures") or "model_type" not in config:
+        raise CheckpointError(
+            str(file), ABSENT, "names no model_type and architectures", 'add e.g. "architectures": ["GPT2LMHeadModel"]'
+        )
+    return config
+
+
+def write_side_files(config_dir: Path, config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    """config.json with the dtype of the written weights, and the tokenizer's and generation's files as they are."""
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}  # its name before transformers 5
+    write_json(folder / "config.json", {**kept, "dtype": str(dtype).removeprefix("torch.")})
+    for file in sorted(config_dir.iterdir()):
+        if file.is_file() and (file.name in SIDE_FILES or file.suffix in SIDE_SUFFIXES):
+            shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,164 @@
+"""Finds the engine's folder behind the path a user names, and proves that the checkpoint is whole.
+
+A fleetune run is `<run>/checkpoints/step-00000020/` with `manifest.json` (written last: sizes and BLAKE2b checksums of
+all files), `zero/` or `dcp/`, and `hf/` (config and tokenizer). A folder of DeepSpeed or DCP alone has no manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.errors import ABSENT, CheckpointError
+from tools.formats.stored import COPY_BYTES, USE_ANOTHER
+from tools.formats.tensors import Progress, safe_relative
+
+Kind = Literal["zero", "dcp"]
+KINDS: tuple[Kind, ...] = ("zero", "dcp")
+
+STEP = re.compile(r"step-(\d{8,})")
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+ANOTHER_STEP = "take an older step, or start the run again: it saves a new one"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found."""
+
+    kind: Kind
+    folder: Path
+    """What the engine wrote: DeepSpeed's tag folder, or the DCP folder."""
+    config_dir: Path | None
+    """Where config.json lies, if anywhere near."""
+    step_dir: Path | None
+    """The fleetune checkpoint it belongs to, whose manifest vouches for its files."""
+
+
+def locate(path: Path, kind: Kind | None) -> Checkpoint:
+    """`path` may be a fleetune run, its `checkpoints/`, one step, or a folder that DeepSpeed or DCP wrote."""
+    if not path.is_dir():
+        rule = "is a file, not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(str(path), ABSENT, rule, "name the folder of a checkpoint or of a run")
+    if not any(path.iterdir()):
+        raise CheckpointError(str(path), ABSENT, "is empty", "name the folder of a checkpoint or of a run")
+    step_dir = _step_dir(path)
+    if step_dir is None:
+        return _engine_folder(path, kind, None)
+    if not (step_dir / MANIFEST).is_file():
+        raise CheckpointError(str(step_dir), ABSENT, "is incomplete: its manifest is missing", ANOTHER_STEP)
+    inner = path if step_dir in path.parents else _inner(step_dir, kind)
+    return _engine_folder(inner, kind, step_dir)
+
+
+def _step_dir(path: Path) -> Path | None:
+    """The step folder that `path` is, lies in (`zero/`, its tag), or contains (the newest complete one)."""
+    for folder in (path, *path.resolve().parents[:2]):
+        if (STEP.fullmatch(folder.name) and _is_step(folder)) or (folder == path and (folder / MANIFEST).is_file()):
+            return folder if folder == path else path.parents[path.resolve().parents.index(folder)]
+    holder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = {int(match[1]): child for child in holder.iterdir() if (match := STEP.fullmatch(child.name))}
+    newest_first = [steps[step] for step in sorted(steps, reverse=True)]
+    complete = [step for step in newest_first if (step / MANIFEST).is_file()]
+    return next(iter(complete or newest_first), None)
+
+
+def _is_step(folder: Path) -> bool:
+    """A step folder of ours, rather than a DeepSpeed tag that happens to be called like one."""
+    return (folder / MANIFEST).is_file() or not any(folder.glob("*_states.pt"))
+
+
+def _inner(step_dir: Path, kind: Kind | None) -> Path:
+    found = [step_dir / name for name in KINDS if (step_dir / name).is_dir() and kind in (None, name)]
+    if not found:
+        rule = f"holds no {kind or 'zero'}/ folder" if kind else "holds neither zero/ nor dcp/"
+        raise CheckpointError(str(step_dir), ABSENT, rule, "leave the prefix out, or name another step")
+    return found[0]
+
+
+def _engine_folder(path: Path, kind: Kind | None, step_dir: Path | None) -> Checkpoint:
+    config_dir = _config_dir(path, step_dir)
+    if kind in (None, "dcp") and (path / ".metadata").is_file():
+        return Checkpoint("dcp", path, config_dir, step_dir)
+    if kind in (None, "zero"):
+        if (path / "latest").is_file():
+            return Checkpoint("zero", _tagged(path), config_dir, step_dir)
+        if any(path.glob("*_optim_states.pt")) or any(path.glob("*_model_states.pt")):
+            return Checkpoint("zero", path, config_dir, step_dir)
+    wanted = {"zero": "a DeepSpeed folder (no `latest`, no *_optim_states.pt)", "dcp": "a DCP folder (no `.metadata`)"}
+    rule = (
+        f"is not {wanted[kind]}" if kind else "is no checkpoint of a known format (DeepSpeed ZeRO, torch DCP, fleetune)"
+    )
+    raise CheckpointError(str(path), ABSENT, rule, "name the folder of a checkpoint or of a run")
+
+
+def _tagged(path: Path) -> Path:
+    """The folder that DeepSpeed's `latest` points to."""
+    tag = (path / "latest").read_text(encoding="utf-8").strip()
+    folder = safe_relative(path, tag)
+    if not folder.is_dir():
+        raise CheckpointError(str(path / "latest"), tag, "names a folder that is missing", "name a tag folder directly")
+    return folder
+
+
+def _config_dir(path: Path, step_dir: Path | None) -> Path | None:
+    near = ([step_dir / "hf"] if step_dir else []) + [path, path / "hf", path.parent]
+    return next((folder for folder in near if (folder / "config.json").is_file()), None)
+
+
+def verify(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Compares the size, then the checksum, of every file in the manifest. Reads everything once."""
+    assert checkpoint.step_dir is not None
+    folder, files = checkpoint.step_dir, _manifest_files(checkpoint.step_dir)
+    for name, facts in files.items():
+        file = safe_relative(folder, name)
+        if not file.is_file():
+            raise CheckpointError(str(folder), name, "is missing, though the manifest lists it", ANOTHER_STEP)
+        if (size := file.stat().st_size) != facts["size"]:
+            rule = f"has {size} bytes, the manifest says {facts['size']}"
+            raise CheckpointError(str(file), ABSENT, rule, USE_ANOTHER)
+    done, total = 0, sum(facts["size"] for facts in files.values())
+    for name, facts in files.items():
+        if _checksum(folder / name) != facts["blake2b"]:
+            raise CheckpointError(str(folder / name), ABSENT, "has changed since it was saved (checksum)", USE_ANOTHER)
+        done += facts["size"]
+        progress("checking", done, total)
+    unlisted = [file for file in checkpoint.folder.rglob("*") if file.is_file() and _name(folder, file) not in files]
+    needed = [file for file in unlisted if file.name.endswith((".pt", ".distcp", ".metadata"))]
+    if needed:
+        raise CheckpointError(str(needed[0]), ABSENT, "is not listed in the manifest", "remove the foreign file")
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _manifest_files(step_dir: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> {"size": bytes, "blake2b": hex}."""
+    file = step_dir / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version, files = manifest["version"], manifest["files"]
+        well_formed = all(type(facts["size"]) is int and type(facts["blake2b"]) is str for facts in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(file), ABSENT, "is not a manifest of fleetune", ANOTHER_STEP) from error
+    if version != MANIFEST_VERSION or not files or not well_formed:
+        raise CheckpointError(
+            f"{file}: version",
+            version,
+            f"is not {MANIFEST_VERSION}, or lists no files",
+            "use the fleetune that wrote it",
+        )
+    return dict(files)
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(COPY_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
