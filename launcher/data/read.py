@@ -1,0 +1,242 @@
+"""Files -> records, one at a time. Whatever is wrong in a file is a DataError that names file, line and column.
+
+Memory holds one record (for parquet, one batch of rows; for `sample_by: document`, one file), never a corpus.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any
+
+from launcher.data.sources import Source
+from launcher.errors import ABSENT, DataError
+from launcher.job.spec import JobSpec
+from launcher.task import Record
+
+PARQUET_BATCH_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What to take from a row. `label` is None where the task has no labels; `labels`, the only ones allowed."""
+
+    text: str
+    label: str | None
+    labels: frozenset[str] | None
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> Columns:
+        if spec.task.name == "causal_lm":
+            return cls(spec.data.text_column, None, None)
+        return cls(spec.data.text_column, spec.data.label_column, frozenset(spec.task.labels or ()) or None)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.text] if self.label is None else [self.text, self.label]
+
+
+def read_records(sources: Iterable[Source], columns: Columns, sample_by: str) -> Iterator[Record]:
+    """Every record of every file, in order. `sample_by` (document, paragraph, line) is for text files."""
+    for source in sources:
+        if source.format == "text":
+            yield from _read_text(source, columns, sample_by)
+        else:
+            yield from _read_table(source, columns)
+
+
+def in_lists(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Lists of `size` records; the last may be shorter."""
+    records = iter(records)
+    while some := list(islice(records, size)):
+        yield some
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unzipped."""
+    path = str(source.path)
+    try:
+        with gzip.open(path) if source.is_gzip else source.path.open("rb") as file:
+            yield file  # type: ignore[misc]  # GzipFile reads bytes as any binary file does
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(path, ABSENT, f"is not a whole gzip file ({error})", "copy it again, or unzip it") from None
+    except OSError as error:
+        raise DataError(path, ABSENT, f"cannot be read ({error.strerror or error})", "see its permissions") from None
+
+
+def _lines(source: Source, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end), decoded; a byte order mark is dropped."""
+    for number, line in enumerate(file, start=1):
+        yield number, _decoded(source, number, line)
+
+
+def _decoded(source: Source, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"is not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line)"
+        raise DataError(f"{source.path}:{number}", ABSENT, rule, "save the file as UTF-8") from None
+
+
+def _read_text(source: Source, columns: Columns, sample_by: str) -> Iterator[Record]:
+    if columns.label is not None:
+        way_out = "give jsonl, csv, tsv or parquet files with a text and a label column"
+        raise DataError(str(source.path), ABSENT, "is a text file, which holds no labels", way_out)
+    with _opened(source) as file:
+        for line, text in _pieces(_lines(source, file), sample_by):
+            yield Record(text, None, str(source.path), line)
+
+
+def _pieces(lines: Iterable[tuple[int, str]], sample_by: str) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each document, paragraph or line that is not blank; a document is kept to the byte."""
+    held: list[str] = []
+    first = 1
+    for number, line in lines:
+        is_blank = not line.strip()
+        if not held:
+            first = number
+        if sample_by == "document" or not is_blank:
+            held.append(line)
+        if sample_by == "line" or (sample_by == "paragraph" and is_blank):
+            yield from _joined(first, held, sample_by)
+            held = []
+    yield from _joined(first, held, sample_by)
+
+
+def _joined(first: int, held: Sequence[str], sample_by: str) -> Iterator[tuple[int, str]]:
+    text = "".join(held)
+    if text.strip():
+        yield first, text if sample_by == "document" else text.rstrip("\r\n")
+
+
+def _read_table(source: Source, columns: Columns) -> Iterator[Record]:
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
+    with _opened(source) as file:
+        for line, row in readers[source.format](source, file, columns):
+            yield _record(source, line, row, columns)
+
+
+def _jsonl_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(source, file):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            where = f"{source.path}:{number}"
+            raise DataError(where, ABSENT, f"is not JSON ({reason})", "write one object per line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{source.path}:{number}", row, "is not a JSON object", "write one object per line")
+        yield number, row
+
+
+def _csv_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    """csv as RFC 4180 has it; tsv as IANA's text/tab-separated-values: no quoting, a quote mark is a character."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's default of 128 KiB
+    lines = (line for _, line in _lines(source, file))
+    is_tsv = source.format == "tsv"
+    reader = csv.reader(
+        lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    )
+    header = next(reader, [])
+    if header:
+        _check_columns(f"{source.path}:1", columns, header, "name the columns in the first line")
+    first = reader.line_num + 1  # a quoted text may span lines: a row is named by its first
+    for fields in reader:
+        if fields and len(fields) != len(header):
+            rule = f"has {len(fields)} fields where the header has {len(header)}"
+            raise DataError(f"{source.path}:{first}", ABSENT, rule, "quote or escape the separator inside a field")
+        if fields:
+            yield first, dict(zip(header, fields, strict=True))
+        first = reader.line_num + 1
+
+
+def _parquet_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    with _seekable(source, file) as seekable:
+        try:
+            table = parquet.ParquetFile(seekable)
+            _check_columns(
+                str(source.path), columns, table.schema_arrow.names, "set data.text_column, data.label_column"
+            )
+            number = 0
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+        except pyarrow.ArrowException as error:
+            reason = str(error).split("\n")[0].rstrip(".")
+            raise DataError(
+                str(source.path), ABSENT, f"is not a whole parquet file ({reason})", "copy it again"
+            ) from None
+
+
+@contextmanager
+def _seekable(source: Source, file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Parquet is read from its end, and gzip only from its start: unzip to a temporary file, not to memory."""
+    if not source.is_gzip:
+        yield file
+        return
+    with tempfile.TemporaryFile() as unzipped:
+        shutil.copyfileobj(file, unzipped)
+        unzipped.seek(0)
+        yield unzipped
+
+
+def _check_columns(where: str, columns: Columns, found: Sequence[str], otherwise: str) -> None:
+    for name in columns.names:
+        if name not in found:
+            option = "data.text_column" if name == columns.text else "data.label_column"
+            close = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+            way_out = f"did you mean {option}: {close[0]}?" if close else otherwise
+            raise DataError(where, ABSENT, f"has no column `{name}` but {', '.join(found)}", way_out)
+
+
+def _record(source: Source, line: int, row: dict[str, Any], columns: Columns) -> Record:
+    where = f"{source.path}:{line}"
+    _check_columns(where, columns, list(row), "every row needs it")
+    text = row[columns.text]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {columns.text}", text, "is not a text", "give a string, or another data.text_column")
+    if not _is_unicode(text):
+        raise DataError(f"{where}: {columns.text}", ABSENT, "holds half a surrogate pair", "mend the \\ud800 escape")
+    label = None if columns.label is None else _label(f"{where}: {columns.label}", row[columns.label], columns.labels)
+    return Record(text, label, str(source.path), line)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell a lone surrogate, which no encoding and no tokenizer takes."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _label(where: str, value: Any, allowed: frozenset[str] | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(where, value, "is not a label", "give a text or a whole number")
+    label = str(value)
+    if not label:
+        raise DataError(where, value, "is an empty label", "give each record a label, or leave the record out")
+    if allowed is not None and label not in allowed:
+        close = difflib.get_close_matches(label, sorted(allowed), n=1, cutoff=0.5)
+        way_out = f"did you mean `{close[0]}`?" if close else f"task.labels are {', '.join(sorted(allowed))}"
+        raise DataError(where, label, "is not one of task.labels", way_out)
+    return label
