@@ -9,8 +9,10 @@ not at all.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -25,9 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
-from launcher.errors import ABSENT, EXIT_DONE, CheckpointError, UserError
+from launcher.errors import ABSENT, EXIT_DONE, EXIT_OURS, CheckpointError, UserError
 from tools.formats.dcp import DcpSource
-from tools.formats.expected import Expected, choose, expected_tensors
+from tools.formats.expected import Expected, check_tied, choose, expected_tensors
 from tools.formats.hf import (
     DTYPE_NAMES,
     HfSink,
@@ -39,7 +41,7 @@ from tools.formats.hf import (
     write_side_files,
 )
 from tools.formats.locate import Checkpoint, Kind, locate, verify
-from tools.formats.tensors import Progress, TensorEntry
+from tools.formats.tensors import Progress, TensorEntry, TensorSource
 from tools.formats.zero import ZeroSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,9 +62,11 @@ class ConvertResult:
     """Shards."""
 
     def sentence(self) -> str:
-        opener = f'transformers.{self.architecture}.from_pretrained("{self.folder}")'
+        opener = (
+            f"import transformers; m = transformers.{self.architecture}.from_pretrained({json.dumps(str(self.folder))})"
+        )
         size = f"{self.num_tensors} tensors, {self.num_bytes} bytes, {self.num_files} file(s)"
-        return f"wrote {self.folder}: {size}; open it: python -c 'import transformers; m = {opener}'"
+        return f"wrote {self.folder}: {size}; open it: python -c {shlex.quote(opener)}"
 
 
 def convert(
@@ -95,7 +99,7 @@ def convert(
 class Plan:
     """Everything decided before the first byte is written."""
 
-    source: ZeroSource | DcpSource
+    source: TensorSource
     chosen: dict[str, str]
     """Name to write -> name to read."""
     shards: list[Shard]
@@ -128,11 +132,12 @@ def _plan(
     config = read_config(configs)
     if checkpoint.step_dir is not None:
         verify(checkpoint, report)
-    source = ZeroSource(checkpoint.folder) if checkpoint.kind == "zero" else DcpSource(checkpoint.folder)
+    source: TensorSource = ZeroSource(checkpoint.folder) if checkpoint.kind == "zero" else DcpSource(checkpoint.folder)
     if checkpoint.step_dir is None:
         _check_records(source, report)
     expected = expected_tensors(configs, config)
     chosen = choose(source.tensors, source.aliases, expected, str(checkpoint.folder))
+    check_tied(source, chosen, expected, str(checkpoint.folder))
     entries = {name: _written_as(source.tensors[kept], dtype, name) for name, kept in chosen.items()}
     return Plan(source, chosen, plan_shards(entries, shard_bytes), expected, configs, config)
 
@@ -146,7 +151,7 @@ def _config_dir(checkpoint: Checkpoint, given: Path | None) -> Path:
     return found
 
 
-def _check_records(source: ZeroSource | DcpSource, report: Progress) -> None:
+def _check_records(source: TensorSource, report: Progress) -> None:
     records = source.records()
     done, total = 0, sum(record.num_bytes for record in records)
     for record in records:
@@ -265,8 +270,9 @@ def main(argv: list[str] | None = None) -> int:
             tasks: dict[str, TaskID] = {}
 
             def show(what: str, done: int, total: int) -> None:
-                task = tasks.setdefault(what, tasks.get(what) or bar.add_task(what))
-                bar.update(task, completed=done, total=total)
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what)
+                bar.update(tasks[what], completed=done, total=total)
 
             result = convert(
                 options.source,
@@ -279,6 +285,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except OSError as error:  # a disk that is full or not ours: no fault of the input, and no traceback helps
+        sys.stderr.write(f"error: {error.filename or options.target}: {error.strerror}\n")
+        return EXIT_OURS
     sys.stdout.write(result.sentence() + "\n")
     return EXIT_DONE
 

@@ -55,9 +55,11 @@ class DcpSource:
         self.aliases: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        entry = self.tensors[name]
+        entry, chunks = self.tensors[name], self.chunks[name]
+        if len(chunks) == 1:
+            return chunks[0].stored().read()
         whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for chunk in self.chunks[name]:
+        for chunk in chunks:
             box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[box] = chunk.stored().read()
         return whole

@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
-from launcher.errors import CheckpointError
-from tools.formats.tensors import TensorEntry
+from launcher.errors import ABSENT, CheckpointError
+from tools.formats.tensors import TensorEntry, TensorSource
+
+# What configurations and constructors of transformers raise for values they cannot use.
+BAD_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,13 @@ def expected_tensors(config_dir: Path, config: Mapping[str, Any]) -> Expected:
             f"{file}: architectures[0]", architecture, f"is no model class of transformers {transformers.__version__}",
             "name a folder with the right config.json: --config DIR",
         )  # fmt: skip
-    settings = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=False)
-    with torch.device("meta"):
-        model = kind(settings)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=False)
+        with torch.device("meta"):
+            model = kind(settings)
+    except BAD_CONFIG as error:
+        rule = f"cannot be opened by transformers {transformers.__version__} ({str(error).partition(chr(10))[0]})"
+        raise CheckpointError(file, ABSENT, rule, "name a folder with the right config.json: --config DIR") from error
     model.tie_weights()
     return _describe(architecture, model)
 
@@ -54,12 +62,13 @@ def _describe(architecture: str, model: Any) -> Expected:
     for name in state:
         groups[id(live[name])].append(name)
     tied = set(model.all_tied_weights_keys or ())
-    kept = {min(names, key=lambda name: name in tied): names for names in groups.values()}
+    dropped = set(model._keys_to_ignore_on_save or ())
+    kept = {min(names, key=lambda name: name in tied): names for names in groups.values() if not dropped & {*names}}
     return Expected(
         architecture,
         {name: tuple(state[name].shape) for name in kept},
         {name: tuple(other for other in names if other != name) for name, names in kept.items()},
-        tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        (*(model._keys_to_ignore_on_load_unexpected or ()), *(f"^{re.escape(name)}$" for name in sorted(dropped))),
         model.generation_config.to_diff_dict() if model.can_generate() else None,
     )
 
@@ -82,6 +91,15 @@ def choose(
     _refuse(path, expected.architecture, "holds, unknown to the model,", unknown)
     _check_shapes(path, tensors, chosen, expected)
     return chosen
+
+
+def check_tied(source: TensorSource, chosen: Mapping[str, str], expected: Expected, path: str) -> None:
+    """Tied names that the checkpoint stores twice must hold the same values, since only one of them is written."""
+    for name, read in chosen.items():
+        for other in expected.other_names[name]:
+            if other in source.tensors and other != read and not torch.equal(source.read(read), source.read(other)):
+                rule = f"does not fit: the config ties {other} to {name}, their values differ"
+                raise CheckpointError(path, expected.architecture, rule, 'set "tie_word_embeddings": false')
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

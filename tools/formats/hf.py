@@ -153,7 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(str(file), ABSENT, f"is not JSON ({error})", "name another with --config DIR") from None
-    if not isinstance(config, dict) or not config.get("architectures") or "model_type" not in config:
+    named = isinstance(config, dict) and config.get("architectures")
+    if not isinstance(named, list) or not isinstance(named[0], str) or "model_type" not in config:
         raise CheckpointError(
             str(file), ABSENT, "names no model_type and architectures", 'add e.g. "architectures": ["GPT2LMHeadModel"]'
         )

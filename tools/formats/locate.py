@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Checkpoint:
 
 def locate(path: Path, kind: Kind | None) -> Checkpoint:
     """`path` may be a fleetune run, its `checkpoints/`, one step, or a folder that DeepSpeed or DCP wrote."""
+    path = Path(os.path.abspath(path))  # its parents are looked at
     if not path.is_dir():
         rule = "is a file, not a folder" if path.exists() else "does not exist"
         raise CheckpointError(str(path), ABSENT, rule, "name the folder of a checkpoint or of a run")
@@ -57,19 +59,21 @@ def locate(path: Path, kind: Kind | None) -> Checkpoint:
 
 def _step_dir(path: Path) -> Path | None:
     """The step folder that `path` is, lies in (`zero/`, its tag), or contains (the newest complete one)."""
-    for folder in (path, *path.resolve().parents[:2]):
-        if (STEP.fullmatch(folder.name) and _is_step(folder)) or (folder == path and (folder / MANIFEST).is_file()):
-            return folder if folder == path else path.parents[path.resolve().parents.index(folder)]
+    for folder in (path, path.parent, path.parent.parent):
+        if STEP.fullmatch(folder.name) and _is_step(folder):
+            return folder
+    if (path / MANIFEST).is_file():  # a step that was copied under another name
+        return path
     holder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = {int(match[1]): child for child in holder.iterdir() if (match := STEP.fullmatch(child.name))}
-    newest_first = [steps[step] for step in sorted(steps, reverse=True)]
+    newest_first = [steps[step] for step in sorted(steps, reverse=True) if _is_step(steps[step])]
     complete = [step for step in newest_first if (step / MANIFEST).is_file()]
     return next(iter(complete or newest_first), None)
 
 
 def _is_step(folder: Path) -> bool:
-    """A step folder of ours, rather than a DeepSpeed tag that happens to be called like one."""
-    return (folder / MANIFEST).is_file() or not any(folder.glob("*_states.pt"))
+    """A step folder of ours, finished or not, rather than a folder of DeepSpeed's that is called like one."""
+    return any((folder / name).exists() for name in (MANIFEST, "hf", *KINDS))
 
 
 def _inner(step_dir: Path, kind: Kind | None) -> Path:

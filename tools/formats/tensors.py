@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from launcher.errors import CheckpointError
+from tools.formats.stored import StoredBytes
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in total)."""
@@ -35,13 +36,22 @@ class TensorEntry:
 class TensorSource(Protocol):
     """Where tensors come from."""
 
-    tensors: Mapping[str, TensorEntry]
-    """Every tensor that is stored, once."""
-    aliases: Mapping[str, str]
-    """Further names of stored tensors (tied weights): name -> the name in `tensors`."""
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Every tensor that is stored, once."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of stored tensors (tied weights): name -> the name in `tensors`."""
+        ...
 
     def read(self, name: str) -> torch.Tensor:
         """The values of one tensor: contiguous, on the CPU, shaped and typed as its entry says."""
+        ...
+
+    def records(self) -> list[StoredBytes]:
+        """Every stored record that the tensors need, once."""
         ...
 
 

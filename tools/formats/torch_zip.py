@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,9 @@ LOCAL_HEADER = struct.Struct(
     "<4s22xHH"
 )  # signature, ..., length of the name, length of the extra field (APPNOTE 4.3.7)
 
+# What zipfile raises for bytes that are no archive, or a damaged one.
+NOT_AN_ARCHIVE = (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, struct.error, zlib.error)
+
 
 def load(file: Path) -> Any:
     """The object in a file of torch.save; its tensors are `StoredTensor`."""
@@ -31,22 +35,23 @@ def load_part(file: Path, start: int, size: int) -> Any:
     """The object in the archive that lies at bytes `start` to `start + size` of `file`."""
     with file.open("rb") as stream:
         try:
-            archive = zipfile.ZipFile(_Window(stream, start, size))
-        except (zipfile.BadZipFile, ValueError) as error:
+            pickled, storages = _read_archive(file, stream, start, size)
+        except NOT_AN_ARCHIVE as error:
             raise CheckpointError(str(file), ABSENT, DAMAGED, USE_ANOTHER) from error
-        with archive:
-            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            _check_form(file, archive, records)
-            storages = {
-                name.removeprefix("data/"): _locate(file, stream, start, size, info)
-                for name, info in records.items()
-                if name.startswith("data/")
-            }
-            try:
-                pickled = archive.read(records["data.pkl"])  # zipfile compares the CRC-32 of this record
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise CheckpointError(str(file), ABSENT, DAMAGED, USE_ANOTHER) from error
     return unpickle(io.BytesIO(pickled), file, storages)
+
+
+def _read_archive(file: Path, stream: BinaryIO, start: int, size: int) -> tuple[bytes, dict[str, StoredBytes]]:
+    """The pickle (its CRC-32 is compared by zipfile) and the place of every storage by its key."""
+    with zipfile.ZipFile(_Window(stream, start, size)) as archive:
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        _check_form(file, archive, records)
+        storages = {
+            name.removeprefix("data/"): _locate(file, stream, start, size, info)
+            for name, info in records.items()
+            if name.startswith("data/")
+        }
+        return archive.read(records["data.pkl"]), storages
 
 
 def _check_form(file: Path, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo]) -> None:

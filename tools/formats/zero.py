@@ -31,6 +31,7 @@ MODEL_FILE_3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 MODEL_FILE_12 = "mp_rank_00_model_states.pt"
 OTHER_LAYOUT = re.compile(r"expp_rank_\d+_.*_optim_states\.pt|layer_\d+.*_model_states\.pt|.*expert_\d+_.*\.pt")
 ANOTHER_SAVE = "take a checkpoint that every rank finished, or copy the missing files from where it was written"
+NOT_ELSEWHERE = "save without NVMe offload and without MiCS or hpZ"
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,26 @@ def _model_states(folder: Path, stage: int, ranks: int) -> list[dict[str, Any]]:
     return states
 
 
+def _masters(files: list[Path], states: list[dict[str, Any]], key: str, count: int) -> list[list[StoredTensor]]:
+    """Each rank's flat fp32 vectors; every rank has as many as the first, and none is kept elsewhere (NVMe)."""
+    for file, state in zip(files, states, strict=True):
+        vectors = state.get(key)
+        if (
+            not isinstance(vectors, list)
+            or len(vectors) != count
+            or not all(isinstance(v, StoredTensor) for v in vectors)
+        ):
+            raise CheckpointError(str(file), key, f"does not hold {count} flat fp32 vectors", NOT_ELSEWHERE)
+    return [state[key] for state in states]
+
+
 def _parts_12(files: list[Path], states: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, Flat]:
     """Stages 1 and 2: walk each group's vector, which runs from the first rank's piece through the last one's."""
     parts: dict[str, Flat] = {}
+    groups = _masters(files, states, "single_partition_of_fp32_groups", len(models[0]["param_shapes"]))
     paddings = states[0].get("param_alignment_paddings")
     for group, shapes in enumerate(models[0]["param_shapes"]):
-        vectors = [state["single_partition_of_fp32_groups"][group] for state in states]
+        vectors = [masters[group] for masters in groups]
         gaps = paddings[group] if paddings else [0] * len(shapes)
         at = 0
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
@@ -166,16 +181,17 @@ def _parts_12(files: list[Path], states: list[dict[str, Any]], models: list[dict
 def _parts_3(files: list[Path], states: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, Flat]:
     """Stage 3: every parameter takes the same range of each rank's vectors; the last ranks' ends are padding."""
     parts: dict[str, Flat] = {}
+    groups = _masters(files, states, "fp32_flat_groups", len(states[0].get("fp32_flat_groups") or ()))
     at, ranks = 0, len(states)
     for name, shape in ((name, shape) for shapes in models[0]["param_shapes"] for name, shape in shapes.items()):
         step, left = -(-prod(shape) // ranks), prod(shape)
         pieces: list[Piece] = []
-        for state in states:
-            pieces += _cut(state["fp32_flat_groups"], at, min(step, left))
+        for masters in groups:
+            pieces += _cut(masters, at, min(step, left))
             left -= min(step, left)
         parts[name] = _checked(files[0], name, shape, tuple(pieces))
         at += step
-    _check_consumed(files[0], at, sum(vector.numel for vector in states[0]["fp32_flat_groups"]), 1)
+    _check_consumed(files[0], at, sum(vector.numel for vector in groups[0]), 1)
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         fragments = [model["frozen_param_fragments"][name] for model in models]
         parts[name] = _checked(files[0], name, shape, tuple(_cut(fragments, 0, prod(shape))))
@@ -195,7 +211,7 @@ def _cut(vectors: list[StoredTensor], start: int, numel: int) -> Iterator[Piece]
 def _checked(file: Path, name: str, shape: Any, pieces: tuple[Piece, ...]) -> Flat:
     if sum(piece.numel for piece in pieces) != prod(shape):
         rule = f"ends before parameter {name} {tuple(shape)} does"
-        raise CheckpointError(str(file), ABSENT, rule, "save without NVMe offload and without MiCS or hpZ")
+        raise CheckpointError(str(file), ABSENT, rule, NOT_ELSEWHERE)
     dtype = pieces[0].stored.dtype if pieces else torch.float32
     return Flat(tuple(shape), dtype, pieces)
 
@@ -203,7 +219,7 @@ def _checked(file: Path, name: str, shape: Any, pieces: tuple[Piece, ...]) -> Fl
 def _check_consumed(file: Path, consumed: int, available: int, align: int) -> None:
     if -(-consumed // align) != -(-available // align):
         rule = f"holds {available} elements where the parameter shapes ask for {consumed}"
-        raise CheckpointError(str(file), ABSENT, rule, "save without NVMe offload and without MiCS or hpZ")
+        raise CheckpointError(str(file), ABSENT, rule, NOT_ELSEWHERE)
 
 
 def _whole_tensors(model: dict[str, Any], stage: int, parts: dict[str, Flat]) -> dict[str, StoredTensor]:
