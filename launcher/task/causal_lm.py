@@ -2,21 +2,21 @@
 
 A row holds tokens only. Its first token has nothing before it and is never a target, so a row of n tokens has n - 1
 targets, and a block of one token, which would have none, is not made.
+torch is imported where tensors are made: preparing data needs `rows` only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from launcher.task import IGNORED, Batch, Record, Row
-from launcher.task.padding import pad_right
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CausalLM:
@@ -35,6 +35,8 @@ class CausalLM:
         return ({"input_ids": block} for block in blocks if len(block) > 1)
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
+        from launcher.task.padding import pad_right
+
         batch = pad_right(rows, pad_id)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         labels[:, 0] = IGNORED  # nothing predicts it; said here so that a count of labels is a count of targets
@@ -57,10 +59,14 @@ class CausalLMMetrics:
     """`sums` = (loss in nats, targets, targets whose most likely token was right), float64."""
 
     def __init__(self) -> None:
+        import torch
+
         self.sums = torch.zeros(3, dtype=torch.float64)
 
-    @torch.no_grad()
     def update(self, logits: Tensor, batch: Batch) -> None:
+        import torch
+
+        logits = logits.detach()
         targets = _next_tokens(batch)
         loss = _cross_entropy_sum(logits, targets)
         num_valid = (targets != IGNORED).sum()
@@ -77,10 +83,14 @@ class CausalLMMetrics:
 
 def _next_tokens(batch: Batch) -> Tensor:
     """Target of each position (B, T): the token after it. Labels move, not logits: no copy of (B, T, V)."""
+    from torch.nn import functional
+
     return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    from torch.nn import functional
+
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
 

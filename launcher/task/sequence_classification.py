@@ -1,16 +1,17 @@
-"""One label per text. Rows are what the tokenizer gives for the text alone, cut at `seq_len` tokens."""
+"""One label per text. Rows are what the tokenizer gives for the text alone, cut at `seq_len` tokens.
+
+torch is imported where tensors are made: preparing data needs `rows` only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from launcher.task import IGNORED, Batch, Record, Row
-from launcher.task.padding import pad_right
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SequenceClassification:
@@ -39,6 +40,10 @@ class SequenceClassification:
                 yield {"input_ids": ids or [_filler(tokenizer)], "label": ids_of[record.label]}
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
+        import torch
+
+        from launcher.task.padding import pad_right
+
         labels = torch.tensor([int(row["label"]) for row in rows], dtype=torch.int64)
         return {**pad_right(rows, pad_id), "labels": labels}
 
@@ -50,7 +55,7 @@ class SequenceClassification:
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         """`logits` (B, C)."""
-        return functional.cross_entropy(logits.float(), batch["labels"], ignore_index=IGNORED, reduction="sum")
+        return _cross_entropy_sum(logits, batch["labels"])
 
     def metrics(self) -> ClassificationMetrics:
         return ClassificationMetrics(len(self.labels))
@@ -60,14 +65,18 @@ class ClassificationMetrics:
     """`sums` = the loss in nats, then the C x C counts [truth, prediction] row by row, float64 (exact to 2^53)."""
 
     def __init__(self, num_labels: int) -> None:
+        import torch
+
         self.num_labels = num_labels
         self.sums = torch.zeros(1 + num_labels**2, dtype=torch.float64)
 
-    @torch.no_grad()
     def update(self, logits: Tensor, batch: Batch) -> None:
+        import torch
+
+        logits = logits.detach()
         labels = batch["labels"]
         valid = labels != IGNORED
-        loss = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        loss = _cross_entropy_sum(logits, labels)
         cells = labels[valid] * self.num_labels + logits.argmax(-1)[valid]
         counts = torch.bincount(cells, minlength=self.num_labels**2)
         self.sums = self.sums.to(logits.device) + torch.cat([loss.reshape(1).double(), counts.double()])
@@ -87,6 +96,12 @@ class ClassificationMetrics:
             "recall": float((hits / truths.clamp(min=1))[seen].mean()),
             "f1": float((2 * hits / (truths + predictions).clamp(min=1))[seen].mean()),
         }
+
+
+def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def _filler(tokenizer: Any) -> int:
