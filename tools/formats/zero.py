@@ -29,7 +29,7 @@ from tools.formats.tensors import TensorEntry
 OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE_3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 MODEL_FILE_12 = "mp_rank_00_model_states.pt"
-OTHER_LAYOUT = re.compile(r"expp_rank_\d+_.*_optim_states\.pt|layer_\d+.*_model_states\.pt|.*expert_\d+_.*\.pt")
+OTHER_LAYOUT = re.compile(r"expp_rank_\d+_.*_optim_states\.pt|layer_\d+.*model_states\.pt|.*expert_\d+_.*\.pt")
 ANOTHER_SAVE = "take a checkpoint that every rank finished, or copy the missing files from where it was written"
 NOT_ELSEWHERE = "save without NVMe offload and without MiCS or hpZ"
 
