@@ -13,11 +13,6 @@ from typing import Any
 from launcher.errors import ABSENT, ModelError
 from launcher.job.spec import JobSpec, ModelSection
 
-AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-}
-
 
 def model_config(spec: JobSpec, vocab_size: int | None = None, overrides: dict[str, Any] | None = None) -> Any:
     """The `PretrainedConfig` of the spec's model.
@@ -118,18 +113,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def auto_class(task_name: str) -> Any:
-    """`AutoModelForCausalLM`, `AutoModelForSequenceClassification`."""
+def head_class(name: str) -> Any:
+    """`AutoModelForCausalLM` and the like, by name."""
     import transformers
 
-    return getattr(transformers, AUTO_CLASSES[task_name])
+    return getattr(transformers, name)
 
 
 def blocks_of(model: Any) -> list[Any]:
     """The repeated transformer blocks: the members of the ModuleList that holds most parameters."""
     import torch
 
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     if not lists:
         return []
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))

@@ -20,11 +20,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from launcher.cost.architecture import auto_class, blocks_of, model_config
+from launcher.cost.architecture import blocks_of, head_class, model_config
 from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
 from launcher.errors import ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
+from launcher.task import Task, task_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POINTS = ((1, 32), (1, 64), (2, 64))  # small, and within the positions of any model
@@ -32,21 +33,21 @@ POINTS = ((1, 32), (1, 64), (2, 64))  # small, and within the positions of any m
 
 def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
     """Cost of the spec's model. Raises `ModelError` when transformers cannot build or run it."""
-    labels = {"num_labels": len(spec.task.labels)} if spec.task.labels else {}
-    config = model_config(spec, vocab_size, labels)
+    task = task_of(spec, labels=("one", "other"))  # two classes, where the spec leaves them to the data
+    config = model_config(spec, vocab_size, task.config_overrides)
     saved = {}
     for precision, dtype in DTYPES.items():
         with FakeTensorMode(), no_init_weights():
-            model = _build(spec, config, dtype)
+            model = _build(task, config, dtype)
             saved[precision] = _fit_or_refuse(model)
     return _counts(spec, config, model, saved)
 
 
-def _build(spec: JobSpec, config: Any, dtype: torch.dtype) -> Any:
+def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
     try:
-        return auto_class(spec.task.name).from_config(config, dtype=dtype, trust_remote_code=False).train()
+        return head_class(task.auto_class).from_config(config, dtype=dtype, trust_remote_code=False).train()
     except (ValueError, ImportError, AttributeError, TypeError) as error:
-        rule = f"cannot be built for {spec.task.name} ({str(error).splitlines()[0][:160]})"
+        rule = f"cannot be built for {task.name} ({str(error).splitlines()[0][:160]})"
         raise ModelError("model", config.model_type, rule, "choose an architecture with this head") from None
 
 

@@ -1,0 +1,5 @@
+"""`python -m launcher` is `fleetune`."""
+
+from launcher.cli import main
+
+main()

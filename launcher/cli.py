@@ -1,0 +1,228 @@
+"""`fleetune`, also `python -m launcher`: one word per stage of a job. Each command imports only what it needs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.errors import EXIT_DONE, EXIT_OURS, EXIT_USER, FleetuneError, UserError
+
+if TYPE_CHECKING:
+    from launcher.job import JobSpec
+    from launcher.plan import Plan
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One job spec in, a fine-tuned GPT- or BERT-style model out: init, plan, prepare, launch, convert, eval.",
+)
+
+SpecPath = Annotated[Path, typer.Argument(help="Job spec in YAML.", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.lr=1e-4.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.yaml"),
+    task: Annotated[str, typer.Option(help="causal_lm or sequence_classification.")] = "causal_lm",
+) -> None:
+    """Write a commented starter spec."""
+    from launcher.job.starter import starter
+
+    text = starter(task)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(str(path), "exists", "and is not overwritten", "name another file") from None
+    typer.echo(f"wrote {path}; next: fleetune plan {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the job spec, for editors."""
+    from launcher.job.spec import JobSpec
+
+    typer.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
+
+
+@app.command()
+def plan(
+    spec_path: SpecPath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    emit: Annotated[Path | None, typer.Option(help="Folder to write every generated file into.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how the job will be laid over the ranks, what memory it takes, and why."""
+    from launcher.plan.explain import explain
+
+    spec, made = _plan(spec_path, overrides)
+    typer.echo(json.dumps(made.to_json(), indent=2) if as_json else explain(made))
+    if emit is not None:
+        for name, text in _emitted(spec, made).items():
+            _write_new(emit / name, text)
+            typer.echo(f"wrote {emit / name}", err=True)
+
+
+@app.command()
+def prepare(
+    spec_path: SpecPath,
+    overrides: Overrides = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Replace data prepared from other inputs or options.")] = False,
+) -> None:
+    """Read, split and tokenise the data once, into a folder that `datasets` opens."""
+    from launcher.data.prepare import prepare as prepare_data
+    from launcher.job import load_spec
+
+    spec = load_spec(spec_path, overrides)
+    with _progress() as progress:
+        done = prepare_data(spec, force=force, progress=progress)
+    typer.echo(f"{'prepared' if done.is_new else 'found'} {done.folder}")
+    for name, split in done.index["splits"].items():
+        counts = (f"{split[key]:,} {key.removeprefix('num_')}" for key in ("num_records", "num_samples", "num_tokens"))
+        typer.echo(f"  {name}: {', '.join(counts)}, {len(split['shards'])} shards")
+
+
+@app.command()
+def launch(
+    spec_path: SpecPath,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
+) -> None:
+    """Plan, then start the ranks on this machine with the launcher that fits the plan."""
+    import os
+
+    from launcher.emit import launch_command
+    from launcher.spawn import run_until_done
+
+    spec, made = _plan(spec_path, overrides)
+    if made.nodes > 1:
+        way_out = "set cluster.nodes to 1, or start launcher/run.py on every node with torchrun or srun"
+        raise UserError("cluster.nodes", made.nodes, "is more than this machine, which launch starts", way_out)
+    command = launch_command(made, str(spec_path), tuple(overrides), os.cpu_count() or 1, _free_port())
+    if dry_run:
+        for name, text in _emitted(spec, made).items():
+            typer.echo(f"# {name}\n{text}")
+        typer.echo(str(command))
+        return
+    started = time.time()
+    code = run_until_done(command.argv, command.environment)
+    raise typer.Exit(_outcome(Path(spec.output_dir), started, code))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def convert(context: typer.Context) -> None:
+    """Sharded checkpoint -> folder that transformers opens; same as `python -m tools.convert`."""
+    from tools.convert import main as convert_main
+
+    raise typer.Exit(convert_main(context.args))
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Score a model folder on a file; same as `python -m tools.evaluate`."""
+    from tools.evaluate import main as evaluate_main
+
+    raise typer.Exit(evaluate_main(context.args))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo's data and runs go.")] = Path("runs/demo"),
+) -> None:
+    """Train, convert and score a small GPT and a small BERT on Python's own documentation, on two CPU ranks."""
+    from tools.demo import run_demo
+
+    run_demo(folder)
+
+
+def _plan(spec_path: Path, overrides: list[str]) -> tuple[JobSpec, Plan]:
+    from launcher.cost.cache import cached_cost
+    from launcher.job import load_cluster, load_spec
+    from launcher.plan import make_plan
+
+    spec = load_spec(spec_path, overrides)
+    cluster = load_cluster(spec.cluster.name)
+    return spec, make_plan(spec, cached_cost(spec), cluster)
+
+
+def _emitted(spec: JobSpec, made: Plan) -> dict[str, str]:
+    """Every generated file by name."""
+    from launcher.emit import deepspeed_config, fsdp_settings, load_preset
+
+    files = {"plan.json": json.dumps(made.to_json(), indent=2) + "\n"}
+    if made.engine == "deepspeed":
+        config = deepspeed_config(made, spec, load_preset(spec, made.chosen.strategy))
+        files["deepspeed.json"] = json.dumps(config, indent=2) + "\n"
+    elif made.chosen.strategy == "fsdp":
+        files["fsdp.json"] = json.dumps(fsdp_settings(made), indent=2) + "\n"
+    return files
+
+
+def _write_new(path: Path, text: str) -> None:
+    if path.exists() and path.read_text() != text:
+        raise UserError(str(path), "exists", "with other content and is not overwritten", "name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], None]]:
+    """`show(stage, number)`: one live line on a terminal, nothing when piped."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        yield lambda stage, number: status.update(f"{stage}: {number:,}")
+
+
+def _free_port() -> int:
+    """A port that nothing on this machine listens on; two jobs started at once get two."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _outcome(output_dir: Path, started: float, code: int) -> int:
+    """The run's own exit code: launchers report 1 for anything that is not 0."""
+    try:
+        outcome = json.loads((output_dir / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return code if code == EXIT_DONE else EXIT_OURS
+    return int(outcome["exit_code"]) if code != EXIT_DONE and outcome["time"] >= started else code
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: exit codes 0, 2 (the user's to fix), 75 (saved, can go on), 1 (ours)."""
+    raise SystemExit(guarded(lambda: app(args=argv, standalone_mode=False)))
+
+
+def guarded(body: Callable[[], Any]) -> int:
+    """Run a command; a mistake of the user's is a message on stderr, not a traceback."""
+    import click
+
+    try:
+        result = body()
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except FleetuneError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return result if isinstance(result, int) else EXIT_DONE
+
+
+if __name__ == "__main__":
+    main()

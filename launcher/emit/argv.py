@@ -1,0 +1,60 @@
+"""The command line and environment that start the ranks of a plan on this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.plan.values import Plan
+
+RUN_FILE = Path(__file__).resolve().parents[1] / "run.py"
+
+
+@dataclass(frozen=True)
+class Launch:
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    """Added to the caller's."""
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.environment.items()] + list(self.argv)
+        return shlex.join(words)
+
+
+def launch_command(plan: Plan, spec_path: str, overrides: tuple[str, ...], num_cores: int, port: int) -> Launch:
+    """One machine: `deepspeed` for ZeRO, `torchrun` for the torch engines, plain Python for a single rank.
+
+    num_cores: of the machine; on CPU the ranks share them evenly, or torch gives every rank all of them.
+    port: free on this machine, so that two jobs never meet.
+    """
+    job = [str(RUN_FILE), "--spec", spec_path]
+    for override in overrides:
+        job += ["--set", override]
+    return Launch((*_starter(plan, port), *job), _environment(plan, num_cores))
+
+
+def _starter(plan: Plan, port: int) -> list[str]:
+    ranks = str(plan.gpus_per_node)
+    if plan.num_ranks == 1:
+        return [sys.executable]
+    if plan.engine == "deepspeed":
+        # `-m` and not the `deepspeed` script, which need not be on the PATH of this interpreter
+        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks]
+    return [
+        *torchrun,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        f"fleetune-{port}",
+    ]
+
+
+def _environment(plan: Plan, num_cores: int) -> dict[str, str]:
+    if plan.device != "cpu":
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, num_cores // plan.gpus_per_node))}

@@ -1,0 +1,55 @@
+"""What the loop asks of an engine. Two implementations: `torch_engine.py` (DDP, FSDP2) and `zero.py` (DeepSpeed)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from launcher.job.spec import JobSpec
+from launcher.plan.values import Plan
+from launcher.task import Batch, Task
+
+
+class Engine(Protocol):
+    folder_name: str
+    """Folder of a checkpoint that holds this engine's native format: `dcp` or `zero`."""
+
+    def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        """Forward and backward of `scale * sum of losses`; returns the unscaled sum, detached.
+
+        Engines average gradients over ranks, so the caller's scale holds the number of ranks. is_last: the optimiser
+        steps after this micro-batch.
+        """
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the global gradient norm before clipping."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Logits without dropout or gradient."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimiser into `folder`, all ranks together."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, all ranks together."""
+
+    def close(self) -> None:
+        """Give back what the engine holds beside memory."""
+
+
+def make_engine(plan: Plan, spec: JobSpec, model: Any, task: Task, device: Any) -> Engine:
+    """The engine of the plan; DeepSpeed is imported only here and only for ZeRO."""
+    if plan.engine == "deepspeed":
+        from launcher.train.zero import ZeroEngine
+
+        return ZeroEngine(plan, spec, model, task, device)
+    from launcher.train.torch_engine import TorchEngine
+
+    return TorchEngine(plan, spec, model, task, device)
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What the model's forward gets: the loss is the task's, so no labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}

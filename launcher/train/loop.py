@@ -1,0 +1,278 @@
+"""The loop: take the step's rows, agree on how many targets count, accumulate, step, record, save.
+
+The loss of a step is the sum over its valid targets divided by their number over all ranks and micro-batches, so it is
+the same on any number of ranks and with any accumulation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.data.order import GlobalOrder
+from launcher.data.prepared import PreparedData, open_prepared
+from launcher.data.stream import BatchStream, Cursor, Prefetcher, eval_batches
+from launcher.errors import CheckpointError, FleetuneError, Preempted
+from launcher.job.spec import JobSpec
+from launcher.plan.values import Plan
+from launcher.task import Batch, Task, task_of
+from launcher.train.agree import decide_on_first
+from launcher.train.checkpoint import (
+    VERSION,
+    Manifest,
+    Saved,
+    check_same_layout,
+    library_versions,
+    load_rng,
+    newest_complete,
+    save_checkpoint,
+    verify_checksums,
+)
+from launcher.train.engine import Engine, make_engine
+from launcher.train.model import build_model, enable_recompute
+from launcher.train.optim import learning_rate
+from launcher.train.preempt import StopFlag
+from launcher.train.report import LOG, Reporter
+from launcher.train.world import World
+
+
+@dataclass
+class Run:
+    """What the steps of one run share."""
+
+    spec: JobSpec
+    plan: Plan
+    world: World
+    device: torch.device
+    task: Task
+    data: PreparedData
+    engine: Engine
+    num_steps: int
+    stop: StopFlag
+    hf_files: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.spec.output_dir) / "checkpoints"
+
+
+@dataclass
+class Window:
+    """Sums since the last record."""
+
+    loss: torch.Tensor
+    targets: float = 0.0
+    tokens: float = 0.0
+    data_wait_seconds: float = 0.0
+    started: float = 0.0
+
+    @classmethod
+    def new(cls, device: torch.device) -> Window:
+        return cls(torch.zeros((), dtype=torch.float64, device=device), started=time.perf_counter())
+
+
+def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: StopFlag) -> dict[str, float]:
+    """Train to the end and return the last held-out scores. Raises `Preempted` after saving when told to stop."""
+    saved = decide_on_first(lambda: _resume_point(spec, plan))
+    data = decide_on_first(lambda: open_prepared(spec))
+    run = _set_up(spec, plan, world, device, data, stop)
+    first_step = _restore(run, saved) if saved else 0
+    with Reporter(Path(spec.output_dir), world.is_first, first_step, run.num_steps) as report:
+        report.say(_opening(run, saved))
+        try:
+            return _steps(run, first_step, report)
+        finally:
+            run.engine.close()
+
+
+def _resume_point(spec: JobSpec, plan: Plan) -> Saved | None:
+    root = Path(spec.output_dir) / "checkpoints"
+    if not spec.checkpoint.resume and any(root.glob("step-*")):
+        rule = "holds checkpoints of an earlier run, which would be overwritten"
+        raise CheckpointError(
+            "checkpoint.resume", False, f"{root} {rule}", "set it to true, or name another output_dir"
+        )
+    saved = newest_complete(root, LOG.warning)
+    if saved is not None:
+        check_same_layout(saved, plan.chosen.strategy, plan.engine, plan.num_ranks)
+    return saved
+
+
+def _set_up(spec: JobSpec, plan: Plan, world: World, device: torch.device, data: PreparedData, stop: StopFlag) -> Run:
+    task = task_of(spec, data.labels)
+    model = build_model(spec, task, data)
+    if plan.chosen.recompute == "full":
+        enable_recompute(model)
+    hf_files = Path(spec.output_dir) / "hf"
+    decide_on_first(lambda: _write_hf_files(model, data, hf_files))
+    num_samples = len(data.split("train"))
+    num_steps = spec.training.max_steps or math.ceil(
+        (spec.training.num_epochs or 0) * num_samples / spec.training.global_batch_size
+    )
+    engine = make_engine(plan, spec, model, task, device)
+    torch.manual_seed(spec.seed + 1 + world.rank)  # dropout: another stream on every rank
+    return Run(spec, plan, world, device, task, data, engine, num_steps, stop, hf_files)
+
+
+def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
+    """Config and tokenizer of the trained model: with the weights, all that inference needs."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
+
+
+def _restore(run: Run, saved: Saved) -> int:
+    verify_checksums(saved)
+    Cursor.from_json(saved.manifest.cursor, run.data.fingerprint)
+    run.engine.load(saved.folder)
+    load_rng(saved)
+    return saved.manifest.step
+
+
+def _opening(run: Run, saved: Saved | None) -> str:
+    whence = f"resuming from {saved.folder}" if saved else "starting"
+    samples, tokens = len(run.data.split("train")), run.data.split("train").num_tokens
+    return (
+        f"{whence}: {run.plan.chosen.strategy} on {run.plan.num_ranks} ranks, plan {run.plan.digest()}, "
+        f"{samples} samples, {tokens} tokens, {run.num_steps} steps"
+    )
+
+
+def _steps(run: Run, first_step: int, report: Reporter) -> dict[str, float]:
+    spec, size = run.spec, run.spec.training.global_batch_size
+    stream = BatchStream(
+        run.data.split("train"),
+        GlobalOrder(len(run.data.split("train")), spec.seed),
+        size,
+        run.world.rank,
+        run.world.num_ranks,
+        run.plan.chosen.micro_batch_size,
+    )
+
+    def make(position: int) -> list[Batch]:
+        return [run.task.collate(rows, run.data.pad_id) for rows in stream.micro_batches(position)]
+
+    window = Window.new(run.device)
+    scores: dict[str, float] = {}
+    step = first_step
+    with Prefetcher(make, first_step * size, size, run.num_steps * size) as steps:
+        waiting_since = time.perf_counter()
+        for batches in steps:
+            window.data_wait_seconds += time.perf_counter() - waiting_since
+            lr = learning_rate(spec.training, step, run.num_steps)
+            norm, stop = _step(run, batches, lr, window)
+            step += 1
+            report.advance(step)
+            last = step == run.num_steps
+            if step % spec.tracking.log_every_steps == 0 or last:
+                _record(run, report, window, step, lr, norm)
+                window = Window.new(run.device)
+            if _due(step, spec.evaluation.every_steps) or last:
+                scores = evaluate(run, None if last else spec.evaluation.max_samples)
+                report.record("evaluation", {"step": step, **scores})
+            if _due(step, spec.checkpoint.every_steps) or last or stop:
+                _save(run, step)
+            if stop and not last:
+                raise Preempted(f"told to stop: saved after step {step}; start the same command again to go on")
+            waiting_since = time.perf_counter()
+    return scores or evaluate(run, None)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float, bool]:
+    """One optimiser step; (gradient norm, whether any rank was told to stop)."""
+    moved = [{name: tensor.to(run.device) for name, tensor in batch.items()} for batch in batches]
+    num_targets, num_tokens, stops = _sum_over_ranks(
+        run,
+        [
+            sum(run.task.num_valid(batch) for batch in batches),
+            sum(int(batch["attention_mask"].sum()) for batch in batches),
+            int(run.stop.requested),
+        ],
+    )
+    scale = run.world.num_ranks / max(1.0, num_targets)  # engines average over ranks
+    for number, batch in enumerate(moved, start=1):
+        window.loss += run.engine.accumulate(batch, scale, is_last=number == len(moved)).double()
+    norm = run.engine.step(lr)
+    if not math.isfinite(norm):
+        raise FleetuneError(
+            f"the gradient norm became {norm}: lower training.lr or training.max_grad_norm; see the logs"
+        )
+    window.targets += num_targets
+    window.tokens += num_tokens
+    return norm, stops > 0
+
+
+def _sum_over_ranks(run: Run, values: list[int]) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float64, device=run.device)
+    dist.all_reduce(sums)
+    return sums.tolist()  # type: ignore[no-any-return]
+
+
+def _record(run: Run, report: Reporter, window: Window, step: int, lr: float, norm: float) -> None:
+    dist.all_reduce(window.loss)
+    seconds = time.perf_counter() - window.started
+    report.record(
+        "train",
+        {
+            "step": step,
+            "loss": window.loss.item() / max(1.0, window.targets),
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": window.tokens / seconds,
+            "samples": step * run.spec.training.global_batch_size,
+            "seconds": seconds,
+            "data_wait_seconds": window.data_wait_seconds,
+        },
+    )
+
+
+def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
+    """Scores of the held-out samples, the same on any number of ranks; {} when nothing was held out."""
+    if "validation" not in run.data.index["splits"]:
+        return {}
+    metrics = run.task.metrics()
+    size = run.plan.chosen.micro_batch_size
+    split = run.data.split("validation")
+    for rows in eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples):
+        # every rank computes every batch: sharded parameters are gathered by all or by none
+        batch = run.task.collate(rows or run.task.dummy_rows(1), run.data.pad_id)
+        moved = {name: tensor.to(run.device) for name, tensor in batch.items()}
+        metrics.update(run.engine.evaluate(moved), moved)
+    sums = metrics.sums.to(run.device)
+    dist.all_reduce(sums)
+    metrics.sums = sums.cpu()
+    return metrics.result()
+
+
+def _save(run: Run, step: int) -> None:
+    spec = run.spec
+    manifest = Manifest(
+        version=VERSION,
+        step=step,
+        strategy=run.plan.chosen.strategy,
+        engine=run.plan.engine,
+        num_ranks=run.world.num_ranks,
+        cursor=Cursor(step * spec.training.global_batch_size, run.data.fingerprint).to_json(),
+        plan_digest=run.plan.digest(),
+        spec=json.loads(spec.model_dump_json()),
+        versions=library_versions(),
+        files={},
+    )
+    folder = save_checkpoint(run.checkpoints, run.engine, manifest, run.hf_files, spec.checkpoint.keep_last)
+    LOG.info("saved %s", folder)

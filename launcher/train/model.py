@@ -1,0 +1,47 @@
+"""The model of a spec, built the same on every rank: in fp32, with the task's head, dropout as its config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from launcher.cost.architecture import head_class, model_config
+from launcher.data.prepared import PreparedData
+from launcher.errors import ModelError
+from launcher.job.spec import JobSpec
+from launcher.task import Task
+
+
+def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Any:
+    """A transformers model in training mode. Raises `ModelError` when it does not fit the prepared data."""
+    config = model_config(spec, data.vocab_size, task.config_overrides)
+    config.pad_token_id = data.pad_id
+    if spec.model.path is None:
+        torch.manual_seed(spec.seed)
+        model = head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    else:
+        torch.manual_seed(spec.seed)  # a head that the weights do not have is drawn
+        model = head_class(task.auto_class).from_pretrained(
+            spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+    _check_vocabulary(model, data)
+    model.config.architectures = [type(model).__name__]
+    return model.train()
+
+
+def _check_vocabulary(model: Any, data: PreparedData) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if data.vocab_size > rows:
+        raise ModelError(
+            "data.tokenizer",
+            data.vocab_size,
+            f"tokens are more than the model's {rows} embeddings",
+            "use the model's own tokenizer",
+        )
+
+
+def enable_recompute(model: Any) -> None:
+    """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports)."""
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,99 @@
+"""torch's own engines: DDP, and FSDP2 with one group per transformer block. Checkpoints are torch DCP folders."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.cost.architecture import blocks_of
+from launcher.emit.fsdp import fsdp_settings
+from launcher.job.spec import JobSpec
+from launcher.plan.values import Plan
+from launcher.task import Batch, Task
+from launcher.train.engine import model_inputs
+from launcher.train.optim import adamw, parameter_groups
+
+
+class TorchEngine:
+    folder_name = "dcp"
+
+    def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
+        self._task = task
+        self._device = device
+        self._max_norm = spec.training.max_grad_norm
+        self._sharded = plan.chosen.strategy == "fsdp"
+        self._autocast_bf16 = plan.chosen.precision == "bf16" and not self._sharded
+        model.to(device)
+        if self._sharded:
+            self._model = _shard(model, plan, device)
+        elif plan.num_ranks > 1:
+            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        else:
+            self._model = model
+        self._optimizer = adamw(parameter_groups(self._model, spec.training.weight_decay), spec.training, device)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
+            return self._model(**model_inputs(batch)).logits  # type: ignore[no-any-return]
+
+    def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        """DDP reduces with the last micro-batch only; FSDP with each, which is what keeps its gradients sharded."""
+        is_ddp = isinstance(self._model, DistributedDataParallel)
+        with contextlib.nullcontext() if is_last or not is_ddp else self._model.no_sync():
+            loss_sum = self._task.loss_sum(self._logits(batch), batch)
+            (loss_sum * scale).backward()
+        return loss_sum.detach()
+
+    def step(self, lr: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm or float("inf"))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor holds this rank's share
+        return float(whole)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        self._model.eval()
+        logits = self._logits(batch)
+        self._model.train()
+        return logits
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self._state(), checkpoint_id=str(folder / self.folder_name))
+
+    def load(self, folder: Path) -> None:
+        """Into this world's sharding, whatever the one that saved: DCP reshards."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=str(folder / self.folder_name))
+        set_state_dict(self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+
+    def _state(self) -> dict[str, Any]:
+        """By parameter name, so that it can be read under another sharding."""
+        model, optim = get_state_dict(self._model, self._optimizer)
+        return {"model": model, "optim": optim}
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _shard(model: Any, plan: Plan, device: torch.device) -> Any:
+    settings = fsdp_settings(plan)
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, settings["param_dtype"]), reduce_dtype=getattr(torch, settings["reduce_dtype"])
+    )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=settings["reshard_after_forward"])
+    return fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,71 @@
+"""DeepSpeed ZeRO-1, -2 and -3. Checkpoints are DeepSpeed's own folders, under the tag `zero`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from launcher.emit.deepspeed_json import deepspeed_config, load_preset
+from launcher.job.spec import JobSpec
+from launcher.plan.values import Plan
+from launcher.task import Batch, Task
+from launcher.train.engine import model_inputs
+from launcher.train.optim import adamw, parameter_groups
+
+TAG = "zero"
+
+
+class ZeroEngine:
+    folder_name = "zero"
+
+    def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
+        self._task = task
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if device.type == "cpu":
+            # DeepSpeed compiles this op for 40 s and more before the first CPU run; only its inference all-reduce,
+            # which training never calls, would use it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        groups = parameter_groups(model, spec.training.weight_decay)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model.to(device) if plan.chosen.strategy != "zero3" else model,
+            optimizer=adamw(groups, spec.training, device),
+            config=deepspeed_config(plan, spec, load_preset(spec, plan.chosen.strategy)),
+            dist_init_required=False,
+        )
+        self._device = device
+
+    def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        """DeepSpeed counts the micro-batches itself, as its configuration tells it; the scale is already the step's."""
+        loss_sum = self._task.loss_sum(self._engine(**model_inputs(batch)).logits, batch)
+        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        if not is_last:
+            self._engine.step()  # moves its counter; it updates at the boundary only
+        return loss_sum.detach()
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        assert self._engine.is_gradient_accumulation_boundary(), "the plan and DeepSpeed count alike"
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        self._engine.eval()
+        logits = self._engine(**model_inputs(batch)).logits
+        self._engine.train()
+        return logits  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder / self.folder_name), tag=TAG)
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder / self.folder_name), tag=TAG)
+
+    def close(self) -> None:
+        self._engine.destroy()
