@@ -21,7 +21,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePie
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 _UNREACHABLE = -1e9
-"""Score of a special or byte piece in the Unigram model: spelling its name out in characters is always likelier."""
+"""Score of a special or byte piece in the Unigram model: spelling its name out in known characters is always likelier.
+(With a model that does not know `<`, a literal `</s>` in a text is still taken for the piece; those we train know it.)"""
 
 
 def tokenizer_of_model(path: Path, *, add_cls_sep: bool = False) -> Any:

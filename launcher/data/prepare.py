@@ -197,6 +197,8 @@ def _settle_labels(corpus: _Corpus) -> list[str] | None:
     if corpus.columns.label is None:
         return None
     labels = corpus.spec.task.labels or corpus.find_labels()
+    if not labels:
+        raise _empty(corpus, "train", 0)
     if len(set(labels)) < len(labels):
         raise DataError("task.labels", ", ".join(labels), "names a label twice", "give each class its own name")
     if len(labels) == 1:
@@ -263,7 +265,8 @@ def _empty(corpus: _Corpus, split: str, num_records: int) -> DataError:
     if num_records > 0:
         way_out = "give longer texts, or a seq_len of 2 or more"
         return DataError(option, ABSENT, f"gives no sample of two tokens from {num_records} records", way_out)
-    if corpus.validation is None and corpus.splits == ["train", "validation"]:
+    first = next(read_records(corpus.train, corpus.columns, corpus.spec.data.sample_by), None)
+    if first is not None and corpus.validation is None:
         fraction = corpus.spec.data.validation_fraction
         rule = f"leaves no record for {split}"
         return DataError("data.validation_fraction", fraction, rule, "give more records, or data.validation")

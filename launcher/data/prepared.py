@@ -51,6 +51,11 @@ class PreparedData:
         return int(self.index["pad_id"])
 
     @property
+    def eos_id(self) -> int | None:
+        """None for a tokenizer without an end-of-text token, as BERT's are."""
+        return None if self.index["eos_id"] is None else int(self.index["eos_id"])
+
+    @property
     def tokenizer_dir(self) -> Path:
         return self.folder / "tokenizer"
 

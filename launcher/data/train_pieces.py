@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.data.pieces import fast_tokenizer, parse_model
-from launcher.errors import DataError
+from launcher.errors import ABSENT, DataError
 
 _OPTIONS: dict[str, Any] = {
     "normalization_rule_name": "identity",
@@ -65,7 +65,7 @@ def _trained(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
             sentence_iterator=_lines(texts), model_writer=model, model_type=kind, vocab_size=vocab_size, **_OPTIONS
         )
     except RuntimeError as error:
-        raise _wrong_size(vocab_size, str(error)) from None
+        raise _explained(vocab_size, str(error)) from None
     return model.getvalue()
 
 
@@ -77,7 +77,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 yield from (line[i : i + _LINE_CHARACTERS] for i in range(0, len(line), _LINE_CHARACTERS))
 
 
-def _wrong_size(vocab_size: int, complaint: str) -> DataError:
+def _explained(vocab_size: int, complaint: str) -> DataError:
     """SentencePiece's own words on the size hold the size that is possible."""
     path = "data.train_tokenizer.vocab_size"
     if too_high := re.search(r"value <= (\d+)", complaint):
@@ -85,7 +85,9 @@ def _wrong_size(vocab_size: int, complaint: str) -> DataError:
     if too_low := re.search(rf"{vocab_size} vs (\d+)", complaint):
         rule = "leaves no room for the bytes, the special pieces and the characters of this text"
         return DataError(path, vocab_size, rule, f"more than {too_low[1]}")
-    return DataError("data.train_tokenizer", vocab_size, f"cannot be trained ({complaint})", "give more text")
+    if "sentences_.empty()" in complaint:
+        return DataError("data.train", ABSENT, "holds no text to train a tokenizer on", "give files with text in them")
+    return DataError("data.train_tokenizer", ABSENT, f"fails in SentencePiece ({complaint})", "give other text")
 
 
 def _round_scores(proto: Any) -> None:
