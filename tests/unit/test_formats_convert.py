@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,23 @@ def test_without_a_manifest_the_checksums_of_the_archives_are_compared(tmp_path:
     assert main([str(source), f"hf:{tmp_path / 'out'}", "--config", str(config)]) == 2
     assert "has changed bytes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_no_damage_to_the_metadata_escapes_as_another_error(tmp_path: Path, capsys: Any) -> None:
+    """Any byte changed: converted to the same weights, or refused in one line; never a traceback, never other weights."""
+    source, rng = save_dcp(tmp_path / "ckpt"), random.Random(0)
+    config, truth = write_config(tmp_path / "config"), tiny_model().state_dict()
+    file = source / ".metadata"
+    whole = file.read_bytes()
+    for attempt in range(60):
+        file.write_bytes(whole)
+        flip(file, rng.randrange(len(whole)))
+        out = tmp_path / f"out{attempt}"
+        if main([str(source), f"hf:{out}", "--config", str(config)]) == 2:
+            assert "error: " in capsys.readouterr().err
+        else:
+            written = load_file(out / "model.safetensors")
+            assert all(torch.equal(written[name], truth[name]) for name in written)
 
 
 def test_a_shortened_or_missing_file_of_a_run_is_named(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from launcher.errors import ABSENT, CheckpointError
 from tools.formats import torch_zip
-from tools.formats.safe_pickle import unpickle
+from tools.formats.safe_pickle import damage_named, unpickle
 from tools.formats.stored import DAMAGED, USE_ANOTHER, StoredBytes, StoredTensor
 from tools.formats.tensors import TensorEntry, safe_relative
 
@@ -27,13 +27,14 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    dtype: torch.dtype
     file: Path
     start: int
     num_bytes: int
 
     def stored(self) -> StoredTensor:
         tensor = torch_zip.load_part(self.file, self.start, self.num_bytes)
-        if not isinstance(tensor, StoredTensor) or tensor.shape != self.sizes:
+        if not isinstance(tensor, StoredTensor) or (tensor.shape, tensor.dtype) != (self.sizes, self.dtype):
             raise CheckpointError(str(self.file), ABSENT, DAMAGED, USE_ANOTHER)
         return tensor
 
@@ -45,13 +46,12 @@ class DcpSource:
         file = folder / ".metadata"
         with file.open("rb") as stream:
             metadata = unpickle(stream, file)
-        entries = getattr(metadata, "state_dict_metadata", None)
-        if not isinstance(entries, dict):
-            raise CheckpointError(str(file), ABSENT, DAMAGED, USE_ANOTHER)
-        places = _places(folder, metadata.storage_data)
-        keys = _model_keys({key for key, entry in entries.items() if hasattr(entry, "chunks")}, metadata)
-        self.chunks = {name: _chunks(file, key, entries[key], places) for name, key in keys.items()}
-        self.tensors = {name: _entry(entries[key]) for name, key in keys.items()}
+        with damage_named(file):
+            entries = metadata.state_dict_metadata
+            places = _places(folder, metadata.storage_data)
+            keys = _model_keys({key for key, entry in entries.items() if hasattr(entry, "chunks")}, metadata)
+            self.chunks = {name: _chunks(file, key, entries[key], places) for name, key in keys.items()}
+            self.tensors = {name: _entry(entries[key]) for name, key in keys.items()}
         self.aliases: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
@@ -101,19 +101,20 @@ def _model_keys(keys: set[str], metadata: Any) -> dict[str, str]:
 
 
 def _entry(metadata: Any) -> TensorEntry:
-    dtype = metadata.properties.state[0]
+    dtype = metadata.properties.state[0]  # first of what TensorProperties pickles
+    assert isinstance(dtype, torch.dtype)
     return TensorEntry(tuple(metadata.size), dtype)
 
 
 def _chunks(file: Path, key: str, metadata: Any, places: dict[Any, Any]) -> tuple[Chunk, ...]:
     """The chunks of one tensor; together they must fill it, or unset memory would be taken for weights."""
-    chunks = []
+    chunks, dtype = [], _entry(metadata).dtype
     for chunk in metadata.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         place = places.get((key, offsets)) or (places.get((key, ())) if not any(offsets) else None)
         if place is None:
             raise CheckpointError(str(file), key, f"has no stored chunk at {offsets}", USE_ANOTHER)
-        chunks.append(Chunk(offsets, sizes, *place))
+        chunks.append(Chunk(offsets, sizes, dtype, *place))
     filled = sum(torch.Size(chunk.sizes).numel() for chunk in chunks)
     if filled != torch.Size(metadata.size).numel():
         raise CheckpointError(str(file), key, "has chunks that do not fill it", USE_ANOTHER)

@@ -58,7 +58,10 @@ class Shard:
 
 
 def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[Shard]:
-    """Cuts the tensors, in their order, into files of at most `shard_bytes` of values (one tensor is never cut)."""
+    """Cuts the tensors, in their order, into files of at most `shard_bytes` of values (one tensor is never cut).
+
+    Inside a file the widest dtypes come first, as in the reference implementation: every tensor is then aligned.
+    """
     groups: list[dict[str, TensorEntry]] = [{}]
     size = 0
     for name, entry in tensors.items():
@@ -69,8 +72,9 @@ def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[Sh
         size += entry.num_bytes
     count = len(groups)
     names = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    aligned = (dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups)
     return [
-        Shard("model.safetensors" if count == 1 else name, group) for name, group in zip(names, groups, strict=True)
+        Shard("model.safetensors" if count == 1 else name, group) for name, group in zip(names, aligned, strict=True)
     ]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,14 @@ MALFORMED = (
 
 def unpickle(stream: Any, file: Path, records: dict[str, StoredBytes] | None = None) -> Any:
     """The object in a pickle, with `Inert` and `StoredTensor` for what would otherwise be live objects."""
-    try:
+    with damage_named(file):
         return SafeUnpickler(stream, file, records).load()
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Metadata of another shape than expected is damage to `path`; it is not worth a check of every field."""
+    try:
+        yield
     except MALFORMED as error:
-        raise CheckpointError(str(file), ABSENT, DAMAGED, USE_ANOTHER) from error
+        raise CheckpointError(str(path), ABSENT, DAMAGED, USE_ANOTHER) from error

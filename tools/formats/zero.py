@@ -23,6 +23,7 @@ import torch
 
 from launcher.errors import ABSENT, CheckpointError
 from tools.formats import torch_zip
+from tools.formats.safe_pickle import damage_named
 from tools.formats.stored import StoredBytes, StoredTensor
 from tools.formats.tensors import TensorEntry
 
@@ -63,6 +64,10 @@ class ZeroSource:
     """The weights in one tag folder, e.g. `global_step10/`; a `TensorSource`."""
 
     def __init__(self, folder: Path) -> None:
+        with damage_named(folder):
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         files = _optim_files(folder)
         states = [_optimizer_state(file) for file in files]
         self.stage = int(states[0]["zero_stage"])
