@@ -103,6 +103,7 @@ def launch(
     import os
 
     from launcher.emit import launch_command
+    from launcher.plan.explain import explain
     from launcher.spawn import run_until_done
 
     spec, made = _plan(spec_path, overrides)
@@ -111,9 +112,11 @@ def launch(
         raise UserError("cluster.nodes", made.nodes, "is more than this machine, which launch starts", way_out)
     command = launch_command(made, str(spec_path), tuple(overrides), os.cpu_count() or 1, _free_port())
     if dry_run:
+        typer.echo(explain(made))
         for name, text in _emitted(spec, made).items():
-            typer.echo(f"# {name}\n{text}")
-        typer.echo(str(command))
+            if name != "plan.json":  # said above, and complete with `fleetune plan --json`
+                typer.echo(f"\n# {name}\n{text}")
+        typer.echo(f"\n# command\n{command}")
         return
     started = time.time()
     code = run_until_done(command.argv, command.environment)

@@ -28,7 +28,7 @@ from launcher.job.spec import JobSpec
 from launcher.task import Task, task_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-POINTS = ((1, 32), (1, 64), (2, 64))  # small, and within the positions of any model
+LONGEST_TRACE = 64  # tokens: little to run, enough to tell the linear from the quadratic
 
 
 def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
@@ -57,7 +57,9 @@ def _fit_or_refuse(model: Any) -> SavedBytes:
         return _fit(model)
     except (RuntimeError, NotImplementedError) as error:
         rule = f"cannot be traced without data ({(str(error) or type(error).__name__).splitlines()[0][:160]})"
-        raise ModelError("model", type(model).__name__, rule, "plan it by hand: set every key of `parallel`") from None
+        raise ModelError(
+            "model", type(model).__name__, rule, "choose another architecture: this one cannot be planned yet"
+        ) from None
 
 
 def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes]) -> ModelCost:
@@ -88,12 +90,14 @@ def _max_positions(config: Any) -> int | None:
 
 
 def _fit(model: Any) -> SavedBytes:
-    (_, short), (_, long), (_, wide) = [(point, _trace(model, *point)) for point in POINTS]
+    length_long = min(LONGEST_TRACE, _max_positions(model.config) or LONGEST_TRACE)
+    length_short = max(1, length_long // 2)
+    short, long, wide = (_trace(model, *point) for point in ((1, length_short), (1, length_long), (2, length_long)))
     fits = {}
     for part in ("blocks", "outside", "block_inputs"):
         doubled = wide[part] - long[part]  # what one more row of the batch adds: free of constants such as masks
-        length_short, length_long = POINTS[0][1], POINTS[1][1]
-        squared = max(0.0, (doubled / length_long - short[part] / length_short) / (length_long - length_short))
+        rise = doubled / length_long - short[part] / length_short
+        squared = max(0.0, rise / max(1, length_long - length_short))
         fits[part] = LinearInBatch(doubled / length_long - squared * length_long, squared)
     return SavedBytes(**fits)
 

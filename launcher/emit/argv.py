@@ -41,7 +41,8 @@ def _starter(plan: Plan, port: int) -> list[str]:
         return [sys.executable]
     if plan.engine == "deepspeed":
         # `-m` and not the `deepspeed` script, which need not be on the PATH of this interpreter
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", str(port)]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
+        return [*runner, "--num_gpus", ranks, "--master_port", str(port)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks]
     return [
         *torchrun,
@@ -57,4 +58,5 @@ def _starter(plan: Plan, port: int) -> list[str]:
 def _environment(plan: Plan, num_cores: int) -> dict[str, str]:
     if plan.device != "cpu":
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, num_cores // plan.gpus_per_node))}
+    threads = {"OMP_NUM_THREADS": str(max(1, num_cores // plan.gpus_per_node))}
+    return {**threads, "DS_ACCELERATOR": "cpu"} if plan.engine == "deepspeed" else threads

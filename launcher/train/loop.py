@@ -86,6 +86,7 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
     run = _set_up(spec, plan, world, device, data, stop)
     first_step = _restore(run, saved) if saved else 0
     with Reporter(Path(spec.output_dir), world.is_first, first_step, run.num_steps) as report:
+        LOG.info(_opening(run, saved))
         report.say(_opening(run, saved))
         try:
             return _steps(run, first_step, report)

@@ -15,8 +15,7 @@ from launcher.task import Task
 
 def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Any:
     """A transformers model in training mode. Raises `ModelError` when it does not fit the prepared data."""
-    config = model_config(spec, data.vocab_size, task.config_overrides)
-    config.pad_token_id = data.pad_id
+    config = model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
     if spec.model.path is None:
         torch.manual_seed(spec.seed)
         model = head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -28,6 +27,13 @@ def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Any:
     _check_vocabulary(model, data)
     model.config.architectures = [type(model).__name__]
     return model.train()
+
+
+def _token_ids(spec: JobSpec, data: PreparedData) -> dict[str, int]:
+    """The tokenizer's special ids; a model with weights keeps its own, but the padding must be the data's."""
+    if spec.model.path is not None or data.eos_id is None:
+        return {"pad_token_id": data.pad_id}
+    return {"pad_token_id": data.pad_id, "bos_token_id": data.eos_id, "eos_token_id": data.eos_id}
 
 
 def _check_vocabulary(model: Any, data: PreparedData) -> None:

@@ -32,9 +32,12 @@ def adamw(groups: list[dict[str, Any]], training: TrainingSection, device: torch
 
 
 def learning_rate(training: TrainingSection, step: int, num_steps: int) -> float:
-    """Rate of optimiser step `step` (from 0) of `num_steps`: linear warm-up, then the schedule down to the minimum."""
+    """Rate of optimiser step `step` (from 0) of `num_steps`: linear warm-up from 0, then down to the minimum.
+
+    The same numbers as `transformers.get_scheduler` gives for linear, cosine and constant_with_warmup.
+    """
     if step < training.warmup_steps:
-        return training.lr * (step + 1) / training.warmup_steps
+        return training.lr * step / training.warmup_steps
     if training.schedule == "constant":
         return training.lr
     progress = min(1.0, (step - training.warmup_steps) / max(1, num_steps - training.warmup_steps))

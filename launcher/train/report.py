@@ -74,11 +74,10 @@ class Reporter:
         if kind == "train":
             self._progress.update(self._bar, note=text)
         if kind != "train" or not self._console.is_terminal:
-            self._console.print(f"{kind} step {values['step']}: {text}", highlight=False)
+            self.say(f"{kind} step {values['step']}: {text}")
 
     def say(self, text: str) -> None:
-        LOG.info(text)
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def _shown(kind: str, values: dict[str, Any]) -> str:

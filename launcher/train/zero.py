@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class ZeroEngine:
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that torch 2.13 deprecates, in every step: not this run's business
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
         if device.type == "cpu":
             # DeepSpeed compiles this op for 40 s and more before the first CPU run; only its inference all-reduce,
             # which training never calls, would use it.

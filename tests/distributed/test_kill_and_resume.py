@@ -1,0 +1,98 @@
+"""A run killed with SIGKILL goes on from its newest checkpoint as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from launcher.data.prepare import prepare
+from launcher.job import parse_spec
+from tests.support import REPO, job, kill_group, records, run_ranks, started, torchrun
+from tools.convert import convert
+
+RUN = REPO / "launcher" / "run.py"
+STALLING = Path(__file__).with_name("stalling_run.py")
+CURVE = ("step", "loss", "lr", "grad_norm")
+
+
+def spec_file(folder: Path, corpus: Path, strategy: str) -> Path:
+    """Six steps with dropout and accumulation, saved every three."""
+    parallel = {"strategy": strategy, "micro_batch_size": 2, "recompute": "none"}
+    raw = job(folder / "run", corpus, "gpt", parallel=parallel, training__max_steps=6, checkpoint__every_steps=3)
+    raw["model"]["from_config"] |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    raw["data"]["prepared"] = str(folder.parent / "data")
+    folder.mkdir()
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    prepare(parse_spec(raw))
+    return path
+
+
+def wait_for(condition: Any, child: Any, timeout_seconds: float = 180) -> None:
+    end = time.monotonic() + timeout_seconds
+    while not condition():
+        assert child.poll() is None, "the ranks ended by themselves"
+        assert time.monotonic() < end, "the ranks did not get there"
+        time.sleep(0.05)
+
+
+def tensors(run: Path, prefix: str) -> dict[str, Any]:
+    out = run / "converted"
+    convert(f"{prefix}:{run}", f"hf:{out}")
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize(("strategy", "prefix"), [("zero2", "zero"), ("fsdp", "dcp")])
+def test_killed_after_three_steps_equals_six_straight(strategy: str, prefix: str, corpus: Path, tmp_path: Path) -> None:
+    """3 steps, kill -9 of every rank in the next ones, resume: the same losses, norms and weights, bit for bit."""
+    straight = spec_file(tmp_path / "straight", corpus, strategy)
+    log = tmp_path / "log"
+    assert run_ranks(torchrun(2, RUN, "--spec", straight), log) == 0, log.read_text()[-3000:]
+
+    killed = spec_file(tmp_path / "killed", corpus, strategy)
+    run = killed.parent / "run"
+    with started(torchrun(2, STALLING, "5", "--spec", killed), log) as child:
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and len(records(run)) == 5, child)
+        assert (run / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+        kill_group(child)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    (run / "checkpoints" / "step-00000006.tmp").mkdir()  # as a kill in the next save would leave it
+
+    assert run_ranks(torchrun(2, RUN, "--spec", killed), log) == 0, log.read_text()[-3000:]
+    assert "resuming from" in log.read_text()
+
+    expected, got = records(straight.parent / "run"), records(run)
+    assert [[r[key] for key in CURVE] for r in got] == [[r[key] for key in CURVE] for r in expected]
+    ours, theirs = tensors(run, prefix), tensors(straight.parent / "run", prefix)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_cut_checkpoint_is_passed_over(corpus: Path, tmp_path: Path) -> None:
+    """The newest checkpoint has lost bytes: the one before is taken, and said so; with none left, exit code 2."""
+    path = spec_file(tmp_path / "cut", corpus, "ddp")
+    run, log = path.parent / "run", tmp_path / "log"
+    one = ["--set", "cluster.gpus_per_node=1", "--set", "parallel.micro_batch_size=8"]
+    command = [*torchrun(1, RUN, "--spec", path), *one]
+    assert run_ranks(command, log) == 0, log.read_text()[-3000:]
+    newest, older = run / "checkpoints" / "step-00000006", run / "checkpoints" / "step-00000003"
+    largest = max(newest.glob("dcp/*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+    assert run_ranks(command, log) == 0, log.read_text()[-3000:]
+    said = log.read_text()
+    assert "bytes where the manifest says" in said
+    assert f"resuming from {older}" in said
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
+
+    shutil.rmtree(older)
+    (newest / "manifest.json").unlink()
+    run_ranks(command, log)
+    assert '"exit_code": 2' in (run / "outcome.json").read_text()
+    assert "is incomplete: it has no manifest.json" in log.read_text()
