@@ -155,9 +155,9 @@ def _vocab_size(spec: JobSpec, trained: int | None) -> int | None:
     """Rows of the embedding of random weights: the trained tokenizer's pieces, else those of the tokenizer named."""
     if trained is not None or spec.data.tokenizer is None or spec.model.path is not None:
         return trained
-    from launcher.data.tokenizer import load_tokenizer
+    from launcher.data.tokenizer import load_tokenizer, num_ids, tokenizer_source
 
-    return len(load_tokenizer(spec.data.tokenizer))
+    return num_ids(load_tokenizer(tokenizer_source(spec)))
 
 
 def main() -> None:

@@ -23,4 +23,4 @@ def decide_on_first(decide: Callable[[], DecisionT]) -> DecisionT:
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError.several(list(box[1]))
-    return box[0]  # type: ignore[no-any-return]
+    return box[0]

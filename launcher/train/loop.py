@@ -222,7 +222,7 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tupl
 def _sum_over_ranks(run: Run, values: list[int]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=run.device)
     dist.all_reduce(sums)
-    return sums.tolist()  # type: ignore[no-any-return]
+    return sums.tolist()
 
 
 def _record(run: Run, report: Reporter, window: Window, step: int, lr: float, norm: float) -> None:

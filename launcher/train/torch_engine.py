@@ -44,7 +44,7 @@ class TorchEngine:
 
     def _logits(self, batch: Batch) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
-            return self._model(**model_inputs(batch)).logits  # type: ignore[no-any-return]
+            return self._model(**model_inputs(batch)).logits
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DDP reduces with the last micro-batch only; FSDP with each, which is what keeps its gradients sharded."""

@@ -62,7 +62,7 @@ class ZeroEngine:
         self._engine.eval()
         logits = self._engine(**model_inputs(batch)).logits
         self._engine.train()
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder / self.folder_name), tag=TAG)
