@@ -1,0 +1,244 @@
+"""Scores equal those of a plain loop and of scikit-learn; what would be scored wrongly is refused, word by word."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from launcher.data.prepare import prepare
+from launcher.data.train_pieces import train_sentencepiece
+from launcher.job.load import parse_spec
+from tools.evaluate import main
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "seven", "wizards", "mix", "potions")
+LABELS = ("ham", "eggs", "spam")
+NUM_TEXTS = 50
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random models with one tokenizer each, and texts to score; no test writes into it."""
+    home = tmp_path_factory.mktemp("evaluate")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 25))) for _ in range(NUM_TEXTS)]
+    rows = [{"text": text, "label": draw.choice(LABELS)} for text in texts]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    train_sentencepiece(texts, "bpe", 400, home / "gpt")
+    gpt = GPT2Config(
+        vocab_size=400, n_layer=2, n_head=2, n_embd=16, n_positions=16, pad_token_id=3, initializer_range=1.0
+    )
+    GPT2LMHeadModel(gpt).save_pretrained(home / "gpt")
+    train_sentencepiece(texts, "bpe", 400, home / "bert", add_cls_sep=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    bert = BertConfig(
+        vocab_size=400, max_position_embeddings=32, pad_token_id=3, initializer_range=1.0, **sizes, **names
+    )
+    BertForSequenceClassification(bert).save_pretrained(home / "bert")
+    return home
+
+
+def rows_of(home: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+
+
+def scored(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    assert main([*map(str, argv), "--json"]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return said
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()  # what saving a model shows
+    assert main([*map(str, argv)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.removeprefix("error: ").removesuffix("\n")
+
+
+def plain_perplexity(home: Path, seq_len: int) -> tuple[int, float]:
+    """Documents joined with </s> between them, cut into blocks, one block at a time through the model."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "gpt")
+    model = AutoModelForCausalLM.from_pretrained(home / "gpt").eval()
+    stream: list[int] = []
+    for row in rows_of(home):
+        stream += [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    blocks = [stream[i : i + seq_len] for i in range(0, len(stream), seq_len)]
+    total, count = 0.0, 0
+    for block in blocks:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([block])).logits[0]
+        for position in range(len(block) - 1):
+            target = torch.tensor(block[position + 1])
+            total += functional.cross_entropy(logits[position].double(), target).item()
+            count += 1
+    return len(blocks), math.exp(total / count)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_perplexity_is_that_of_a_plain_loop(home: Path, capsys: pytest.CaptureFixture[str], batch_size: int) -> None:
+    num_blocks, perplexity = plain_perplexity(home, 16)
+    data = home / "rows.jsonl"
+    said = scored(capsys, home / "gpt", "--task", "causal_lm", "--data", data, "--batch-size", batch_size)
+    assert (said["task"], said["model"], said["data"]) == ("causal_lm", str(home / "gpt"), str(data))
+    assert said["num_samples"] == num_blocks
+    assert said["metrics"]["perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    assert said["metrics"]["loss"] == pytest.approx(math.log(perplexity), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_classification_scores_are_those_of_scikit_learn(
+    home: Path, capsys: pytest.CaptureFixture[str], batch_size: int
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(home / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(home / "bert").eval()
+    predicted = []
+    for row in rows_of(home):
+        ids = tokenizer(row["text"], truncation=True, max_length=32, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            predicted.append(model.config.id2label[int(model(input_ids=ids).logits.argmax())])
+    truth = [row["label"] for row in rows_of(home)]
+    assert len(set(predicted)) > 1, "a model that always says the same would prove little"
+    expected = precision_recall_fscore_support(truth, predicted, average="macro", zero_division=0)[:3]
+    argv = ("--task", "sequence_classification", "--data", home / "rows.jsonl", "--batch-size", batch_size)
+    said = scored(capsys, home / "bert", *argv)
+    assert said["num_samples"] == NUM_TEXTS
+    found = said["metrics"]
+    assert [found["precision"], found["recall"], found["f1"]] == pytest.approx(list(expected), rel=1e-12)
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted), rel=1e-12)
+
+
+def prepared(home: Path, out: Path, task: str, model: str, labels: tuple[str, ...] | None = None, **data: Any) -> Path:
+    section = {"train": str(home / "rows.jsonl"), "tokenizer": str(home / model), "validation_fraction": 0.5, **data}
+    training = {"seq_len": 16, "global_batch_size": 2, "max_steps": 1}
+    raw = {"output_dir": str(out), "model": {"path": str(home / model)}, "data": section}
+    raw["task"] = {"name": task, "labels": list(labels)} if labels else task
+    return prepare(parse_spec({**raw, "training": training})).folder
+
+
+def test_prepared_data_gives_the_scores_of_the_same_texts_as_a_file(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the held-out texts are the file itself; `--task` is known from the prepared data."""
+    held_out = {"validation": str(home / "rows.jsonl")}
+    for task, model, labels in (("causal_lm", "gpt", None), ("sequence_classification", "bert", LABELS)):
+        folder = prepared(home, tmp_path / model, task, model, labels, **held_out)
+        of_folder = scored(capsys, home / model, "--prepared", folder)
+        of_file = scored(capsys, home / model, "--task", task, "--data", home / "rows.jsonl", "--seq-len", 16)
+        assert of_folder["metrics"] == of_file["metrics"]
+        assert of_folder["num_samples"] == of_file["num_samples"]
+
+
+def test_a_plain_table_for_people(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(home / "gpt"), "--task", "causal_lm", "--data", str(home / "rows.jsonl")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{home / 'gpt'} on {home / 'rows.jsonl'}: {plain_perplexity(home, 16)[0]} samples"
+    assert [line.split()[0] for line in lines[1:]] == ["loss", "perplexity", "accuracy"]
+
+
+def test_what_is_no_model_folder_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = ("--task", "causal_lm", "--data", home / "rows.jsonl")
+    missing = tmp_path / "missing"
+    assert refusal(capsys, missing, *rest) == (
+        f"MODEL: {missing} is not a folder; give a folder with config.json and weights"
+    )
+    assert refusal(capsys, tmp_path, *rest) == (
+        f"MODEL: {tmp_path} has no config.json; give a folder that `save_pretrained` wrote, or a hub id"
+    )
+    GPT2Config().save_pretrained(tmp_path)
+    assert refusal(capsys, tmp_path, *rest).startswith(f"MODEL: {tmp_path} cannot be opened by AutoModelForCausalLM (")
+
+
+def test_a_model_without_the_head_is_refused_by_the_name_of_what_is_missing(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ("--task", "sequence_classification", "--data", home / "rows.jsonl")
+    model = BertForMaskedLM(BertConfig.from_pretrained(home / "bert"))
+    model.save_pretrained(tmp_path)
+    assert refusal(capsys, tmp_path, *rest) == (
+        f"MODEL: {tmp_path} has no weights for bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, "
+        "classifier.weight; give a model that was trained for sequence_classification"
+    )
+    rest = ("--task", "causal_lm", "--data", home / "rows.jsonl")
+    assert refusal(capsys, tmp_path, *rest) == (
+        f"MODEL: {tmp_path} was saved as BertForMaskedLM, not as BertLMHeadModel; "
+        "give a model that was trained for causal_lm"
+    )
+
+
+def test_labels_that_the_model_does_not_know_are_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": "ham"}\n{"text": "b", "label": "tofu"}\n')
+    assert refusal(capsys, home / "bert", "--task", "sequence_classification", "--data", rows) == (
+        f"{rows}:2: label: tofu is not a label of the model, which knows ham, eggs, spam; score it on texts of these labels"
+    )
+    rows.write_text('{"text": "a", "label": "ham"}\n{"text": "b", "label": "tofu"}\n' * 9)
+    data = {"train": str(rows), "validation": str(rows)}
+    folder = prepared(home, tmp_path / "run", "sequence_classification", "bert", **data)
+    assert refusal(capsys, home / "bert", "--prepared", folder) == (
+        f"--prepared: {folder} has the labels ham, tofu, the model ham, eggs, spam; give data prepared for this model"
+    )
+
+
+def test_sources_of_samples_that_will_not_do_are_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, task, rows = home / "gpt", ("--task", "causal_lm"), home / "rows.jsonl"
+    neither = "--data and --prepared: need exactly one of the two; give files to score, or a folder of prepared data"
+    assert refusal(capsys, model, *task) == neither
+    assert refusal(capsys, model, *task, "--data", rows, "--prepared", home) == neither
+    assert refusal(capsys, model, *task, "--prepared", home) == (
+        f"--prepared: {home} holds no prepared data; give a folder that `fleetune prepare` made"
+    )
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert refusal(capsys, model, *task, "--data", empty) == (
+        f"--data: {empty} holds no sample to score; give files with text in them"
+    )
+    assert refusal(capsys, model, "--data", rows) == (
+        "--task: is missing; give one of causal_lm, sequence_classification"
+    )
+    assert refusal(capsys, model, *task, "--data", rows, "--seq-len", 17) == (
+        "--seq-len: 17 is more tokens than the model's 16 positions; give at most 16"
+    )
+    assert refusal(capsys, model, *task, "--data", rows, "--batch-size", 0) == (
+        "--batch-size: 0 is not a positive number; give 1 or more"
+    )
+
+
+def test_prepared_data_of_another_tokenizer_or_task_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"tokenizer": None, "train_tokenizer": {"kind": "bpe", "vocab_size": 390}}
+    folder = prepared(home, tmp_path, "causal_lm", "gpt", **own)
+    assert refusal(capsys, home / "gpt", "--prepared", folder) == (
+        f"--prepared: {folder} was prepared with another tokenizer than the model's; score the texts themselves: --data FILE"
+    )
+    assert refusal(capsys, home / "gpt", "--prepared", folder, "--task", "sequence_classification") == (
+        f"--task: sequence_classification is not what {folder} was prepared for; use causal_lm"
+    )
+    assert refusal(capsys, home / "gpt", "--prepared", folder, "--seq-len", 8) == (
+        "--seq-len: 8 has no effect on prepared data, which was read and cut before; "
+        "leave it out, or score files with --data"
+    )

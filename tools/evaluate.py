@@ -1,0 +1,257 @@
+"""Scores a model folder on a file of texts, or on the held-out samples of prepared data; also `fleetune eval`.
+
+    python -m tools.evaluate out --task causal_lm --data book.txt --json
+    python -m tools.evaluate out --prepared runs/a/data
+
+Reading, rows and scores are those of training (`launcher.data`, `launcher.task`); this file opens the model, refuses
+what would be scored wrongly, and shows the result. Batches are streamed: no logits are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launcher.data.prepared import PreparedData, damages, read_index
+from launcher.data.read import Columns, in_lists, read_records
+from launcher.data.sources import find_sources
+from launcher.data.tokenizer import TokenizerSource, load_tokenizer, local_files, num_ids
+from launcher.errors import ABSENT, EXIT_DONE, DataError, ModelError, UserError
+from launcher.task import Record, Row, Task
+from launcher.task.causal_lm import CausalLM
+from launcher.task.sequence_classification import SequenceClassification
+from tools.open_model import check_length, check_vocabulary, labels_of, open_model
+
+TASKS = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+DEFAULT_SEQ_LEN = 1024  # tokens, where the model takes as many: the context of the published GPT-2 perplexities
+TOKENIZE_RECORDS = 256  # records tokenised at once: enough for the tokenizer's threads, little beside a batch
+_FILE_OPTIONS = ("text_column", "label_column", "seq_len", "format", "sample_by", "packing")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scored on how many samples (blocks of tokens, or texts)."""
+
+    num_samples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows to score, as the task makes them."""
+
+    task: Task
+    rows: Iterable[Row]
+    count: int | None
+    """None where it is known only once they are read."""
+    origin: str
+    """The option that named them, for errors."""
+
+
+def evaluate(
+    model: Any, task: Task, rows: Iterable[Row], batch_size: int = 16, progress: Callable[[int], None] | None = None
+) -> Scores:
+    """Loss and scores of `rows`, in batches of `batch_size` on the model's device; the model is left in eval mode.
+
+    progress: called with the number of samples scored so far.
+    """
+    model.eval()
+    metrics, num_samples, pad_id = task.metrics(), 0, _pad_id(model)
+    with torch.inference_mode():
+        for some in _batches(rows, batch_size):
+            batch = {name: tensor.to(model.device) for name, tensor in task.collate(some, pad_id).items()}
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            metrics.update(output.logits, batch)
+            num_samples += len(some)
+            if progress is not None:
+                progress(num_samples)
+    return Scores(num_samples, metrics.result())
+
+
+def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while some := list(islice(iterator, size)):
+        yield some
+
+
+def _pad_id(model: Any) -> int:
+    """The mask hides it. Classifiers of decoders find a text's end by the config's own, which thus must be set."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = 0
+    return int(model.config.pad_token_id)
+
+
+def held_out_rows(data: PreparedData) -> Iterator[Row]:
+    """The validation samples of prepared data, in their order."""
+    split = data.split("validation")
+    for i in range(len(split)):
+        yield from split.rows(np.array([i]))
+
+
+def open_data(folder: Path) -> PreparedData:
+    """Prepared data without its spec. DataError when the folder holds none, or it is damaged."""
+    index = read_index(folder)
+    if index is None:
+        raise DataError(
+            "--prepared", str(folder), "holds no prepared data", "give a folder that `fleetune prepare` made"
+        )
+    problems = damages(folder, index, verify=False)
+    if problems:
+        raise DataError.several(problems)
+    return PreparedData(folder, index)
+
+
+def _prepared_samples(model: Any, options: argparse.Namespace) -> Samples:
+    data = open_data(options.prepared)
+    _same_tokenizer(options.model, data)
+    check_vocabulary(model, data.vocab_size, "--prepared")
+    check_length(model, data.index["seq_len"], "--prepared")
+    task = _task(options.task, data.index["seq_len"], data.index["packing"], data.labels)
+    if data.labels is not None and data.labels != labels_of(model):
+        rule = f"has the labels {', '.join(data.labels)}, the model {', '.join(labels_of(model))}"
+        raise DataError("--prepared", str(options.prepared), rule, "give data prepared for this model")
+    return Samples(task, held_out_rows(data), len(data.split("validation")), "--prepared")
+
+
+def _same_tokenizer(folder: Path, data: PreparedData) -> None:
+    """Ids of another tokenizer name other pieces. A model folder without a tokenizer is taken at its word."""
+    source = TokenizerSource("MODEL", str(folder))
+    if not local_files(source):
+        return
+    theirs = load_tokenizer(TokenizerSource("--prepared", str(data.tokenizer_dir)))
+    if load_tokenizer(source).get_vocab() != theirs.get_vocab():
+        rule = "was prepared with another tokenizer than the model's"
+        raise DataError("--prepared", str(data.folder), rule, "score the texts themselves: --data FILE")
+
+
+def _file_samples(model: Any, options: argparse.Namespace) -> Samples:
+    tokenizer = load_tokenizer(TokenizerSource("MODEL", str(options.model)))
+    check_vocabulary(model, num_ids(tokenizer), "MODEL")
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+    seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, limit)
+    check_length(model, seq_len, "--seq-len")
+    if options.task == "causal_lm" and tokenizer.eos_token_id is None:
+        rule = "has a tokenizer without an end-of-text token (eos), which stands between documents"
+        raise ModelError("MODEL", str(options.model), rule, "give the tokenizer an eos_token")
+    labels = labels_of(model) if options.task == "sequence_classification" else None
+    task = _task(options.task, seq_len, options.packing or "concat", labels)
+    rows = task.rows(in_lists(_records(options, labels), TOKENIZE_RECORDS), tokenizer)
+    return Samples(task, rows, None, "--data")
+
+
+def _task(name: str, seq_len: int, packing: Any, labels: tuple[str, ...] | None) -> Task:
+    if name == "causal_lm":
+        return CausalLM(seq_len, packing)
+    assert labels is not None, "a classifier's config has names for its classes"
+    return SequenceClassification(seq_len, labels)
+
+
+def _records(options: argparse.Namespace, labels: tuple[str, ...] | None) -> Iterator[Record]:
+    """The records of the files, each label one that the model knows."""
+    sources = find_sources("--data", tuple(options.data), options.format)
+    label_column = None if labels is None else options.label_column or "label"
+    columns = Columns(options.text_column or "text", label_column, None)
+    for record in read_records(sources, columns, options.sample_by or "document"):
+        if labels is not None and record.label not in labels:
+            where = f"{record.file}:{record.line}: {label_column}"
+            rule = f"is not a label of the model, which knows {', '.join(labels)}"
+            raise DataError(where, record.label, rule, "score it on texts of these labels")
+        yield record
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """One source of samples; an option that could not take effect is refused."""
+    if (options.data is None) == (options.prepared is None):
+        rule = "need exactly one of the two"
+        raise DataError("--data and --prepared", ABSENT, rule, "give files to score, or a folder of prepared data")
+    idle = [name for name in _FILE_OPTIONS if getattr(options, name) is not None] if options.prepared else []
+    if idle:
+        option = f"--{idle[0].replace('_', '-')}"
+        rule = "has no effect on prepared data, which was read and cut before"
+        raise DataError(option, getattr(options, idle[0]), rule, "leave it out, or score files with --data")
+    for name in ("seq_len", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')}", value, "is not a positive number", "give 1 or more")
+    options.task = _task_name(options)
+
+
+def _task_name(options: argparse.Namespace) -> str:
+    """`--task`, which prepared data knows of itself."""
+    found = open_data(options.prepared).index["task"] if options.prepared else None
+    if options.task is None and found is None:
+        raise DataError("--task", ABSENT, "is missing", f"give one of {', '.join(TASKS)}")
+    if found is not None and options.task not in (None, found):
+        raise DataError("--task", options.task, f"is not what {options.prepared} was prepared for", f"use {found}")
+    return str(options.task or found)
+
+
+def _run(options: argparse.Namespace) -> Scores:
+    _check_options(options)
+    model = open_model(options.model, TASKS[options.task], options.task)
+    samples = (_prepared_samples if options.prepared else _file_samples)(model, options)
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("scoring", total=samples.count)
+        scores = evaluate(
+            model, samples.task, samples.rows, options.batch_size, lambda done: bar.update(shown, completed=done)
+        )
+    if scores.num_samples == 0:
+        found = ", ".join(options.data or [str(options.prepared)])
+        raise DataError(samples.origin, found, "holds no sample to score", "give files with text in them")
+    return scores
+
+
+def _shown(options: argparse.Namespace, scores: Scores) -> str:
+    source = str(options.prepared) if options.prepared else ", ".join(options.data)
+    if options.json:
+        said = {"task": options.task, "model": str(options.model), "data": source}
+        return json.dumps({**said, "num_samples": scores.num_samples, "metrics": scores.metrics}) + "\n"
+    lines = [f"{options.model} on {source}: {scores.num_samples} samples"]
+    return "\n".join([*lines, *(f"  {name:<10} {value:.6g}" for name, value in scores.metrics.items())]) + "\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder that transformers opens")
+    parser.add_argument("--task", choices=tuple(TASKS), help="what is scored; prepared data knows it")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="files, folders or globs, as in a job spec")
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="prepared data: its held-out samples are scored")
+    parser.add_argument("--text-column", help="default: text")
+    parser.add_argument("--label-column", help="default: label")
+    parser.add_argument("--format", choices=("text", "jsonl", "csv", "tsv", "parquet"), help="default: by the suffix")
+    parser.add_argument("--sample-by", choices=("document", "paragraph", "line"), help="text files; default: document")
+    parser.add_argument("--packing", choices=("concat", "none"), help="causal_lm, as in a job spec; default: concat")
+    parser.add_argument(
+        "--seq-len", type=int, help=f"tokens per sample; default: the model's, at most {DEFAULT_SEQ_LEN}"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(_shown(options, _run(options)))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
