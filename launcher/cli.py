@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.errors import EXIT_DONE, EXIT_OURS, EXIT_USER, FleetuneError, UserError
+from launcher.errors import ABSENT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_OURS, EXIT_USER, FleetuneError, UserError
 
 if TYPE_CHECKING:
     from launcher.job import JobSpec
@@ -28,6 +29,15 @@ app = typer.Typer(
 
 SpecPath = Annotated[Path, typer.Argument(help="Job spec in YAML.", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.lr=1e-4.")]
+
+
+class Via(str, Enum):
+    auto = "auto"
+    local = "local"
+    slurm = "slurm"
+
+
+ViaOption = Annotated[Via, typer.Option(help="Who starts the ranks; auto: this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
@@ -61,6 +71,7 @@ def plan(
     spec_path: SpecPath,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     emit: Annotated[Path | None, typer.Option(help="Folder to write every generated file into.")] = None,
+    via: ViaOption = Via.auto,
     as_json: AsJson = False,
 ) -> None:
     """Say how the job will be laid over the ranks, what memory it takes, and why."""
@@ -69,7 +80,10 @@ def plan(
     spec, made = _plan(spec_path, overrides)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else explain(made))
     if emit is not None:
-        for name, text in _emitted(spec, made).items():
+        files = _emitted(spec, made)
+        if via is Via.slurm:
+            files["job.sbatch"] = _batch_script(spec, made, spec_path, overrides)
+        for name, text in files.items():
             _write_new(emit / name, text)
             typer.echo(f"wrote {emit / name}", err=True)
 
@@ -98,17 +112,25 @@ def launch(
     spec_path: SpecPath,
     overrides: Overrides = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
+    via: ViaOption = Via.auto,
 ) -> None:
-    """Plan, then start the ranks on this machine with the launcher that fits the plan."""
+    """Plan, then start the ranks: here with the launcher that fits the plan, or as a Slurm job."""
+    spec, made = _plan(spec_path, overrides)
+    if via is Via.slurm:
+        _launch_by_slurm(spec, _batch_script(spec, made, spec_path, overrides), dry_run)
+    else:
+        _launch_here(spec, made, spec_path, overrides, dry_run)
+
+
+def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str], dry_run: bool) -> None:
     import os
 
     from launcher.emit import launch_command
     from launcher.plan.explain import explain
     from launcher.spawn import run_until_done
 
-    spec, made = _plan(spec_path, overrides)
     if made.nodes > 1:
-        way_out = "set cluster.nodes to 1, or start launcher/run.py on every node with torchrun or srun"
+        way_out = "launch with --via slurm, or set cluster.nodes to 1"
         raise UserError("cluster.nodes", made.nodes, "is more than this machine, which launch starts", way_out)
     command = launch_command(made, str(spec_path), tuple(overrides), os.cpu_count() or 1, _free_port())
     if dry_run:
@@ -121,6 +143,30 @@ def launch(
     started = time.time()
     code = run_until_done(command.argv, command.environment)
     raise typer.Exit(_outcome(Path(spec.output_dir), started, code))
+
+
+def _launch_by_slurm(spec: JobSpec, script: str, dry_run: bool) -> None:
+    from launcher.emit.slurm import LOG_NAME
+    from launcher.spawn import submit
+
+    if dry_run:
+        typer.echo(script, nl=False)
+        return
+    path = Path(spec.output_dir).absolute() / "job.sbatch"
+    _write_batch_script(path, script)
+    job_id = submit(path)
+    typer.echo(f"submitted job {job_id}; log: {path.parent / LOG_NAME.replace('%j', job_id)}")
+
+
+def _write_batch_script(path: Path, text: str) -> None:
+    """Written beside the log, in a folder that Slurm needs to exist; only a script of ours is replaced."""
+    from launcher.emit.slurm import MARKER
+
+    if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
+        rule = "exists, was not written by fleetune, and is not overwritten"
+        raise UserError(str(path), ABSENT, rule, "move it away, or submit it with sbatch")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -172,6 +218,20 @@ def _emitted(spec: JobSpec, made: Plan) -> dict[str, str]:
     return files
 
 
+def _batch_script(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str]) -> str:
+    from launcher.emit import BatchJob, render_sbatch
+    from launcher.job import load_cluster
+
+    batch_job = BatchJob(
+        spec_path=str(spec_path.absolute()),
+        overrides=tuple(overrides),
+        workdir=str(Path.cwd()),
+        output_dir=str(Path(spec.output_dir).absolute()),
+        python=sys.executable,
+    )
+    return render_sbatch(made, load_cluster(spec.cluster.name).slurm, batch_job)
+
+
 def _write_new(path: Path, text: str) -> None:
     if path.exists() and path.read_text() != text:
         raise UserError(str(path), "exists", "with other content and is not overwritten", "name another folder")
@@ -220,7 +280,7 @@ def guarded(body: Callable[[], Any]) -> int:
         error.show()
         return EXIT_USER
     except (click.Abort, KeyboardInterrupt):
-        return 130
+        return EXIT_INTERRUPTED
     except FleetuneError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

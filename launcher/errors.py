@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 EXIT_DONE = 0
 EXIT_OURS = 1
 EXIT_USER = 2
+EXIT_INTERRUPTED = 130  # Ctrl-C, by the shells' convention of 128 + signal
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h; Slurm scripts requeue on it
 
 ABSENT = object()  # "no value to show", since None and "" are values

@@ -19,7 +19,7 @@ import os
 import time
 import traceback
 
-from launcher.errors import EXIT_DONE, EXIT_OURS, FleetuneError, Preempted, UserError
+from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_OURS, FleetuneError, Preempted, UserError
 from launcher.job import JobSpec, load_cluster, load_spec
 
 
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         _train(spec)
     except FleetuneError as error:
         return _leave(spec, error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return _leave(spec, None)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.errors import ABSENT, UserError
 
 
 def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -17,13 +21,45 @@ def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]
 def run_until_done(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a launcher in the foreground and return its exit code.
 
-    SIGTERM, SIGUSR2 and Ctrl-C are handed on, and the child is waited for: it saves before it leaves.
+    SIGTERM and SIGUSR2 are handed to the ranks themselves, past the launcher, and then waited for: the ranks save and
+    leave. Told to stop, torchrun would kill them after 30 seconds, and DeepSpeed's runner leaves them running behind.
     """
     child = subprocess.Popen(list(argv), env={**os.environ, **environment})
-    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda received, _: child.send_signal(received)) for number in forwarded}
+    forwarded = (signal.SIGTERM, signal.SIGUSR2)
+    before = {
+        number: signal.signal(number, lambda received, _: _signal_leaves(child.pid, received)) for number in forwarded
+    }
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the ranks as well
     try:
         return child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _signal_leaves(pid: int, number: int) -> None:
+    """Signal the processes of the tree that have no children: the ranks, whatever launchers stand above them."""
+    import psutil
+
+    try:
+        tree = psutil.Process(pid).children(recursive=True) or [psutil.Process(pid)]
+        parents = {process.ppid() for process in tree}
+        for process in tree:
+            if process.pid not in parents:
+                process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return  # it has just ended by itself
+
+
+def submit(script: Path) -> str:
+    """Hand a batch script to Slurm and return the job's id. Raises `UserError` with Slurm's own words."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        way_out = f"run `sbatch {shlex.quote(str(script))}` where Slurm is, or launch with --via local"
+        raise UserError("--via", "slurm", "needs sbatch, which is not on the PATH here", way_out) from None
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"nothing, and ended with {done.returncode}"
+        way_out = "mend `slurm` in the cluster file, or the job's `cluster`"
+        raise UserError(str(script), ABSENT, f"was refused by sbatch, which said: {said}", way_out)
+    return done.stdout.strip().partition(";")[0]  # `id;cluster` where several clusters are joined

@@ -1,7 +1,16 @@
-"""WHAT OTHERS READ: Plan -> DeepSpeed JSON, FSDP settings, argv. Pure: nothing is written or started here."""
+"""WHAT OTHERS READ: Plan -> DeepSpeed JSON, FSDP settings, argv, sbatch text. Pure: nothing is written or started here."""
 
 from launcher.emit.argv import Launch, launch_command
 from launcher.emit.deepspeed_json import deepspeed_config, load_preset
 from launcher.emit.fsdp import fsdp_settings
+from launcher.emit.slurm import BatchJob, render_sbatch
 
-__all__ = ["Launch", "deepspeed_config", "fsdp_settings", "launch_command", "load_preset"]
+__all__ = [
+    "BatchJob",
+    "Launch",
+    "deepspeed_config",
+    "fsdp_settings",
+    "launch_command",
+    "load_preset",
+    "render_sbatch",
+]

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from launcher.plan.values import Plan
 
@@ -23,8 +24,13 @@ class Launch:
         return shlex.join(words)
 
 
-def launch_command(plan: Plan, spec_path: str, overrides: tuple[str, ...], num_cores: int, port: int) -> Launch:
-    """One machine: `deepspeed` for ZeRO, `torchrun` for the torch engines, plain Python for a single rank.
+Via = Literal["torchrun", "deepspeed"]
+
+
+def launch_command(
+    plan: Plan, spec_path: str, overrides: tuple[str, ...], num_cores: int, port: int, via: Via = "torchrun"
+) -> Launch:
+    """One machine: plain Python for a single rank, else torchrun, or the deepspeed launcher, for either engine.
 
     num_cores: of the machine; on CPU the ranks share them evenly, or torch gives every rank all of them.
     port: free on this machine, so that two jobs never meet.
@@ -32,14 +38,14 @@ def launch_command(plan: Plan, spec_path: str, overrides: tuple[str, ...], num_c
     job = [str(RUN_FILE), "--spec", spec_path]
     for override in overrides:
         job += ["--set", override]
-    return Launch((*_starter(plan, port), *job), _environment(plan, num_cores))
+    return Launch((*_starter(plan, port, via), *job), _environment(plan, num_cores))
 
 
-def _starter(plan: Plan, port: int) -> list[str]:
+def _starter(plan: Plan, port: int, via: Via) -> list[str]:
     ranks = str(plan.gpus_per_node)
     if plan.num_ranks == 1:
         return [sys.executable]
-    if plan.engine == "deepspeed":
+    if via == "deepspeed":
         # `-m` and not the `deepspeed` script, which need not be on the PATH of this interpreter
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
         return [*runner, "--num_gpus", ranks, "--master_port", str(port)]

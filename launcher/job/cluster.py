@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from launcher.errors import SpecError
 from launcher.job.load import decode, read_yaml
 from launcher.job.resources import resource_dir
-from launcher.job.spec import Bool, Number, Section, Text
+from launcher.job.spec import Bool, Number, PositiveInt, Section, Text
 from launcher.units import GIB
 
 
@@ -39,6 +39,36 @@ class Link(Section):
     """Bandwidth of a node's network per rank, one direction, in 1e9 bytes per second."""
 
 
+OneLine = Annotated[Text, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+TimeLimit = Annotated[Text, Field(pattern=r"^(UNLIMITED|[0-9]+(-[0-9]+)?(:[0-9]+){0,2})$")]
+SbatchOption = Annotated[OneLine, Field(pattern=r"^--?[A-Za-z]")]
+
+
+class SlurmSite(Section):
+    """How jobs are asked for here. Nothing is needed: what is left out is left to Slurm's own defaults."""
+
+    partition: OneLine | None = None
+    """Partition (queue) to run in."""
+    account: OneLine | None = None
+    """Account that is charged."""
+    qos: OneLine | None = None
+    """Quality of service."""
+    constraint: OneLine | None = None
+    """Features that the nodes must have, such as `h100&ib`."""
+    time: TimeLimit = "24:00:00"
+    """Time limit as Slurm writes it, in quotes, since YAML reads 24:00:00 as the number 86400."""
+    gpus_directive: Literal["gpus-per-node", "gres", "none"] | None = None
+    """How accelerators are asked for: `--gpus-per-node=N`, `--gres=gpu:N` or not at all; left out, the first for CUDA and the last for CPU."""
+    cpus_per_task: PositiveInt | None = None
+    """CPU cores of a node's single task, which starts all of its ranks; left out, one per rank."""
+    mem: OneLine | None = None
+    """Host memory per node with its unit, in quotes: "0" asks for all of it."""
+    extra: tuple[SbatchOption, ...] = ()
+    """Further `#SBATCH` options, each as it would be written there, such as `--exclusive`; a later option wins."""
+    setup: tuple[Text, ...] = ()
+    """Shell lines of the site's own, run on the first node before the ranks start: `module load cuda`."""
+
+
 class Cluster(Section):
     """Facts of a homogeneous cluster. `sources` names where every figure of `gpu` and `link` comes from."""
 
@@ -48,6 +78,8 @@ class Cluster(Section):
     """The interconnect."""
     sources: dict[str, str]
     """For each figure, `gpu.memory_gib` say: where it was read or how it was measured."""
+    slurm: SlurmSite = SlurmSite()
+    """How this site's Slurm is asked for these machines."""
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Cluster:
