@@ -1,0 +1,88 @@
+"""Model costs with round numbers, for tests of the planner: no model is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
+from launcher.job import Cluster, JobSpec, parse_spec
+from launcher.units import GIB
+
+
+def small_cost(**changes: Any) -> ModelCost:
+    """1,000 parameters, 4 blocks of 200 each, 200 outside; bytes that can be worked out in the head."""
+    saved = SavedBytes(LinearInBatch(40, 1), LinearInBatch(8, 0), LinearInBatch(16, 0))
+    halved = SavedBytes(LinearInBatch(20, 0.5), LinearInBatch(4, 0), LinearInBatch(8, 0))
+    values: dict[str, Any] = {
+        "architecture": "Small",
+        "num_params": 1000,
+        "num_trainable_params": 1000,
+        "num_blocks": 4,
+        "block_num_params": 200,
+        "outside_num_params": 200,
+        "logits_width": 50,
+        "logits_per_token": True,
+        "max_positions": 4096,
+        "saved": {"fp32": saved, "bf16": halved},
+    }
+    return ModelCost(**{**values, **changes})
+
+
+def llama_405b() -> ModelCost:
+    """The published sizes: 126 blocks of width 16384, feed-forward 53248, 8 key-value heads of 128, vocabulary 128256.
+
+    Saved bytes per token and block in bf16: 34 activations' worth of width at two bytes, an ordinary figure for
+    fused attention; what the test needs is their size, not their last digit.
+    """
+    width, inner, vocabulary, blocks = 16384, 53248, 128256, 126
+    block = 2 * width * width + 2 * width * 1024 + 3 * width * inner + 2 * width
+    outside = 2 * vocabulary * width + width
+    saved = {
+        precision: SavedBytes(
+            LinearInBatch(blocks * (16 * width + 4 * inner) * size, 0),
+            LinearInBatch(4 * width * size, 0),
+            LinearInBatch(blocks * width * size, 0),
+        )
+        for precision, size in (("fp32", 4), ("bf16", 2))
+    }
+    return small_cost(
+        architecture="LlamaForCausalLM",
+        num_params=blocks * block + outside,
+        num_trainable_params=blocks * block + outside,
+        num_blocks=blocks,
+        block_num_params=block,
+        outside_num_params=outside,
+        logits_width=vocabulary,
+        max_positions=131072,
+        saved=saved,
+    )
+
+
+def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda") -> Cluster:
+    """Machines whose ranks may use this many bytes, with nothing taken off."""
+    figures = ("gpu.memory_gib", "gpu.context_gib", "gpu.bf16", "link.intra_node_gb_per_s", "link.inter_node_gb_per_s")
+    raw = {
+        "gpu": {"name": "Some", "kind": kind, "memory_gib": memory_bytes / GIB, "context_gib": 0, "bf16": bf16},
+        "link": {"intra_node_gb_per_s": 1, "inter_node_gb_per_s": 1},
+        "sources": dict.fromkeys(figures, "this test"),
+    }
+    return Cluster.model_validate(raw)
+
+
+def spec_of(**changes: Any) -> JobSpec:
+    """A spec of one node; `changes` are dotted keys with `__` for the dot."""
+    raw: dict[str, Any] = {
+        "output_dir": "runs/x",
+        "model": {"from_config": {"model_type": "gpt2"}},
+        "task": "causal_lm",
+        "data": {"train": "corpus.txt"},
+        "training": {"seq_len": 10, "global_batch_size": 8, "max_steps": 5},
+        "cluster": {"gpus_per_node": 2},
+    }
+    for dotted, value in changes.items():
+        *path, last = dotted.split("__")
+        node = raw
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return parse_spec(raw)
