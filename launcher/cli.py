@@ -147,14 +147,13 @@ def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str
 
 def _launch_by_slurm(spec: JobSpec, script: str, dry_run: bool) -> None:
     from launcher.emit.slurm import LOG_NAME
-    from launcher.spawn import submit
 
     if dry_run:
         typer.echo(script, nl=False)
         return
     path = Path(spec.output_dir).absolute() / "job.sbatch"
     _write_batch_script(path, script)
-    job_id = submit(path)
+    job_id = _submit(path)
     typer.echo(f"submitted job {job_id}; log: {path.parent / LOG_NAME.replace('%j', job_id)}")
 
 
@@ -167,6 +166,20 @@ def _write_batch_script(path: Path, text: str) -> None:
         raise UserError(str(path), ABSENT, rule, "move it away, or submit it with sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def _submit(script: Path) -> str:
+    from launcher.spawn import sbatch
+
+    try:
+        done = sbatch(script)
+    except FileNotFoundError:
+        way_out = "run `sbatch` on this file where Slurm is, or launch with --via local"
+        raise UserError(str(script), ABSENT, "was written, but sbatch is not on the PATH here", way_out) from None
+    if done.returncode != 0:
+        rule = f"was refused by sbatch: {' '.join(done.stderr.split())}"
+        raise UserError(str(script), ABSENT, rule, "mend `slurm` in the cluster file, or the job's `cluster`")
+    return done.stdout.strip().partition(";")[0]  # `id;cluster` where several clusters are joined
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

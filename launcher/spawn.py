@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from launcher.errors import ABSENT, UserError
 
 
 def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -51,15 +48,6 @@ def _signal_leaves(pid: int, number: int) -> None:
         return  # it has just ended by itself
 
 
-def submit(script: Path) -> str:
-    """Hand a batch script to Slurm and return the job's id. Raises `UserError` with Slurm's own words."""
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        way_out = f"run `sbatch {shlex.quote(str(script))}` where Slurm is, or launch with --via local"
-        raise UserError("--via", "slurm", "needs sbatch, which is not on the PATH here", way_out) from None
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"nothing, and ended with {done.returncode}"
-        way_out = "mend `slurm` in the cluster file, or the job's `cluster`"
-        raise UserError(str(script), ABSENT, f"was refused by sbatch, which said: {said}", way_out)
-    return done.stdout.strip().partition(";")[0]  # `id;cluster` where several clusters are joined
+def sbatch(script: Path) -> subprocess.CompletedProcess[str]:
+    """Hand a batch script to Slurm; stdout is the job's id. Raises `FileNotFoundError` where there is no sbatch."""
+    return subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cost.values import ModelCost
-from launcher.errors import FleetuneError, ModelError
+from launcher.errors import ABSENT, FleetuneError, ModelError
 from launcher.job.resources import cache_dir
 from launcher.job.spec import JobSpec
 from launcher.spawn import run_python
@@ -73,7 +73,7 @@ def _measure_elsewhere(spec: JobSpec) -> ModelCost:
     done = run_python("launcher.cost.measure", stdin=request)
     answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
     if "problem" in answer:
-        raise ModelError(*answer["problem"])
+        raise ModelError(**{"value": ABSENT, **answer["problem"]})
     if done.returncode != 0 or not answer:
         raise FleetuneError(f"measuring the model failed:\n{done.stderr[-4000:]}")
     return ModelCost.from_json(answer)

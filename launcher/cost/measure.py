@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from launcher.cost.architecture import blocks_of, head_class, model_config
 from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
-from launcher.errors import ModelError, UserError
+from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
 from launcher.task import Task, task_of
@@ -168,7 +168,8 @@ def main() -> None:
     try:
         answer = measure(spec, _vocab_size(spec, request["vocab_size"])).to_json()
     except UserError as error:
-        answer = {"problem": error.problems[0]}
+        # a problem without a value is sent without that key: the sign for it does not survive JSON
+        answer = {"problem": {key: value for key, value in error.problems[0]._asdict().items() if value is not ABSENT}}
     json.dump(answer, sys.stdout)
 
 

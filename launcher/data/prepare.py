@@ -16,8 +16,9 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
+from launcher.checksum import file_digest
 from launcher.data.fingerprint import digest_of, options_fingerprint
-from launcher.data.prepared import INDEX_NAME, INDEX_VERSION, damages, file_digest, read_index
+from launcher.data.prepared import INDEX_NAME, INDEX_VERSION, damages, read_index
 from launcher.data.read import Columns, in_lists, read_records
 from launcher.data.shards import write_json, write_split
 from launcher.data.sources import Source, find_sources

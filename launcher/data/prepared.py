@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from launcher.checksum import file_digest
 from launcher.data.fingerprint import options_fingerprint
 from launcher.data.order import Ints
 from launcher.errors import ABSENT, DataError, Problem
@@ -174,12 +174,3 @@ def _damage(path: Path, shard: dict[str, Any], verify: bool) -> str | None:
     if verify and file_digest(path) != shard["blake2b"]:
         return "does not have the checksum it was written with"
     return None
-
-
-def file_digest(path: Path) -> str:
-    """blake2b of a file, 32 bytes in hex, read in pieces of 1 MiB."""
-    digest = blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

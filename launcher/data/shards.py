@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.prepared import file_digest
+from launcher.checksum import file_digest
 from launcher.task import Row
 
 BATCH_ROWS = 1000

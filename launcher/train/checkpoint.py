@@ -15,9 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,39 +24,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from launcher.checksum import file_digest
 from launcher.errors import ABSENT, CheckpointError
 from launcher.train.agree import decide_on_first
 from launcher.train.engine import Engine
+from launcher.train.manifest import MANIFEST, Manifest, Saved, read_saved
 
-MANIFEST = "manifest.json"
-VERSION = 1
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_CHUNK_BYTES = 8 * 1024**2
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Proof that a checkpoint is complete, and what is needed to go on from it."""
-
-    version: int
-    step: int
-    strategy: str
-    engine: str
-    num_ranks: int
-    cursor: dict[str, Any]
-    plan_digest: str
-    spec: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, dict[str, Any]]
-    """Relative path -> size in bytes and blake2b-128 in hexadecimal digits."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    manifest: Manifest
 
 
 def save_checkpoint(root: Path, engine: Engine, manifest: Manifest, hf_files: Path, keep_last: int) -> Path:
@@ -107,14 +79,7 @@ def _checksums(partial: Path) -> dict[str, dict[str, Any]]:
 def _digest_and_sync(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return {"size": path.stat().st_size, "blake2b": _hash(file)}
-
-
-def _hash(file: Any) -> str:
-    digest = blake2b(digest_size=16)
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return {"size": path.stat().st_size, "blake2b": file_digest(path)}
 
 
 def _seal(partial: Path, final: Path, manifest: Manifest, files: dict[str, dict[str, Any]]) -> None:
@@ -168,50 +133,16 @@ def newest_complete(root: Path, warn: Any) -> Saved | None:
     return None
 
 
-def read_saved(folder: Path) -> Saved:
-    """Open a checkpoint folder; `CheckpointError` when its manifest or a file is missing or has another size."""
-    manifest_path = folder / MANIFEST
-    way_out = "restore it, or delete the folder to go on from an earlier checkpoint or from the start"
-    if not manifest_path.is_file():
-        raise CheckpointError(str(folder), ABSENT, f"is incomplete: it has no {MANIFEST}", way_out)
-    try:
-        manifest = Manifest(**json.loads(manifest_path.read_text()))
-    except (ValueError, TypeError):
-        raise CheckpointError(str(manifest_path), ABSENT, "is not a manifest of fleetune", way_out) from None
-    if manifest.version != VERSION:
-        rule = f"is of a manifest version other than {VERSION}"
-        raise CheckpointError(str(manifest_path), manifest.version, rule, "open it with the fleetune that wrote it")
-    for name, size in _bad_sizes(folder, manifest):
-        expected = manifest.files[name]["size"]
-        raise CheckpointError(
-            str(folder / name), ABSENT, f"has {size} bytes where the manifest says {expected}", way_out
-        )
-    return Saved(folder, manifest)
-
-
-def _bad_sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int]]:
-    for name, entry in manifest.files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size != entry["size"] or not path.is_file():
-            yield name, size
-
-
 def verify_checksums(saved: Saved) -> None:
     """Every rank reads its share of the files; all raise `CheckpointError` when any byte was altered."""
     names = sorted(saved.manifest.files)[dist.get_rank() :: dist.get_world_size()]
-    mine = [name for name in names if _altered(saved, name)]
+    mine = [name for name in names if saved.is_altered(name)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for name in sorted(name for share in found for name in share):
         raise CheckpointError(
             str(saved.folder / name), ABSENT, "was altered: its checksum differs", "delete this checkpoint folder"
         )
-
-
-def _altered(saved: Saved, name: str) -> bool:
-    with (saved.folder / name).open("rb") as file:
-        return _hash(file) != saved.manifest.files[name]["blake2b"]
 
 
 def check_same_layout(saved: Saved, strategy: str, engine: str, num_ranks: int) -> None:

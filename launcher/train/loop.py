@@ -26,9 +26,6 @@ from launcher.plan.values import Plan
 from launcher.task import Batch, Task, task_of
 from launcher.train.agree import decide_on_first
 from launcher.train.checkpoint import (
-    VERSION,
-    Manifest,
-    Saved,
     check_same_layout,
     library_versions,
     load_rng,
@@ -37,6 +34,7 @@ from launcher.train.checkpoint import (
     verify_checksums,
 )
 from launcher.train.engine import Engine, make_engine
+from launcher.train.manifest import VERSION, Manifest, Saved
 from launcher.train.model import build_model, enable_recompute
 from launcher.train.optim import learning_rate
 from launcher.train.preempt import StopFlag

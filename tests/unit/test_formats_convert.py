@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
+from launcher.train.manifest import VERSION, WAY_OUT, Manifest
 from tools.convert import convert, main, parse_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # one process is meant
@@ -53,8 +55,19 @@ def write_manifest(step: Path) -> None:
         for file in sorted(step.rglob("*"))
         if file.is_file()
     }
-    manifest = {"version": 1, "step": int(step.name[5:]), "engine": "fsdp", "files": files}
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest(
+        version=VERSION,
+        step=int(step.name[5:]),
+        strategy="fsdp",
+        engine="torch",
+        num_ranks=1,
+        cursor={},
+        plan_digest="",
+        spec={},
+        versions={},
+        files=files,
+    )
+    (step / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
 @pytest.fixture
@@ -121,7 +134,6 @@ def bad_cases(run: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
     step, plain, config = newest(run), tmp / "plain", write_config(tmp / "config")
     ckpt = "name the folder of a checkpoint or of a run"
     again = "copy it again from where it was written, or take another checkpoint"
-    older = "take an older step, or start the run again: it saves a new one"
     (tmp / "empty").mkdir()
     (tmp / "text").mkdir()
     (tmp / "text" / "notes.txt").write_text("nothing")
@@ -159,11 +171,11 @@ def bad_cases(run: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "incomplete": (
             [str(step.with_name("step-00000030")), out],
-            f"{step.with_name('step-00000030')}: is incomplete: its manifest is missing; {older}",
+            f"{step.with_name('step-00000030')}: is incomplete: it has no manifest.json; {WAY_OUT}",
         ),
         "incomplete, named by its inner folder": (
             [str(step.with_name("step-00000030") / "dcp"), out],
-            f"{step.with_name('step-00000030')}: is incomplete: its manifest is missing; {older}",
+            f"{step.with_name('step-00000030')}: is incomplete: it has no manifest.json; {WAY_OUT}",
         ),
         "out exists": (
             [str(run), f"hf:{tmp / 'taken'}"],
@@ -255,9 +267,11 @@ def test_a_shortened_or_missing_file_of_a_run_is_named(run: Path, tmp_path: Path
     file = next((newest(run) / "dcp").glob("*.distcp"))
     size = file.stat().st_size
     os.truncate(file, size - 9)
-    assert f"{file}: has {size - 9} bytes, the manifest says {size}" in damaged_message(run, tmp_path / "out", capsys)
+    assert f"{file}: has {size - 9} bytes where the manifest says {size}" in damaged_message(
+        run, tmp_path / "out", capsys
+    )
     file.unlink()
-    assert "is missing, though the manifest lists it" in damaged_message(run, tmp_path / "out", capsys)
+    assert f"{file}: is missing; {WAY_OUT}" in damaged_message(run, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])

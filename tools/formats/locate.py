@@ -6,25 +6,21 @@ all files), `zero/` or `dcp/`, and `hf/` (config and tokenizer). A folder of Dee
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.stored import COPY_BYTES, USE_ANOTHER
+from launcher.train.manifest import MANIFEST, read_saved
+from tools.formats.stored import USE_ANOTHER
 from tools.formats.tensors import Progress, safe_relative
 
 Kind = Literal["zero", "dcp"]
 KINDS: tuple[Kind, ...] = ("zero", "dcp")
 
 STEP = re.compile(r"step-(\d{8,})")
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-ANOTHER_STEP = "take an older step, or start the run again: it saves a new one"
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,7 @@ def locate(path: Path, kind: Kind | None) -> Checkpoint:
     step_dir = _step_dir(path)
     if step_dir is None:
         return _engine_folder(path, kind, None)
-    if not (step_dir / MANIFEST).is_file():
-        raise CheckpointError(str(step_dir), ABSENT, "is incomplete: its manifest is missing", ANOTHER_STEP)
+    read_saved(step_dir)  # complete, or refused
     inner = path if step_dir in path.parents else _inner(step_dir, kind)
     return _engine_folder(inner, kind, step_dir)
 
@@ -117,19 +112,14 @@ def _config_dir(path: Path, step_dir: Path | None) -> Path | None:
 def verify(checkpoint: Checkpoint, progress: Progress) -> None:
     """Compares the size, then the checksum, of every file in the manifest. Reads everything once."""
     assert checkpoint.step_dir is not None
-    folder, files = checkpoint.step_dir, _manifest_files(checkpoint.step_dir)
-    for name, facts in files.items():
-        file = safe_relative(folder, name)
-        if not file.is_file():
-            raise CheckpointError(str(folder), name, "is missing, though the manifest lists it", ANOTHER_STEP)
-        if (size := file.stat().st_size) != facts["size"]:
-            rule = f"has {size} bytes, the manifest says {facts['size']}"
-            raise CheckpointError(str(file), ABSENT, rule, USE_ANOTHER)
-    done, total = 0, sum(facts["size"] for facts in files.values())
-    for name, facts in files.items():
-        if _checksum(folder / name) != facts["blake2b"]:
+    folder = checkpoint.step_dir
+    saved = read_saved(folder)
+    files = saved.manifest.files
+    done, total = 0, sum(entry["size"] for entry in files.values())
+    for name, entry in files.items():
+        if saved.is_altered(name):
             raise CheckpointError(str(folder / name), ABSENT, "has changed since it was saved (checksum)", USE_ANOTHER)
-        done += facts["size"]
+        done += entry["size"]
         progress("checking", done, total)
     unlisted = [file for file in checkpoint.folder.rglob("*") if file.is_file() and _name(folder, file) not in files]
     needed = [file for file in unlisted if file.name.endswith((".pt", ".distcp", ".metadata"))]
@@ -139,30 +129,3 @@ def verify(checkpoint: Checkpoint, progress: Progress) -> None:
 
 def _name(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix()
-
-
-def _manifest_files(step_dir: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> {"size": bytes, "blake2b": hex}."""
-    file = step_dir / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version, files = manifest["version"], manifest["files"]
-        well_formed = all(type(facts["size"]) is int and type(facts["blake2b"]) is str for facts in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(str(file), ABSENT, "is not a manifest of fleetune", ANOTHER_STEP) from error
-    if version != MANIFEST_VERSION or not files or not well_formed:
-        raise CheckpointError(
-            f"{file}: version",
-            version,
-            f"is not {MANIFEST_VERSION}, or lists no files",
-            "use the fleetune that wrote it",
-        )
-    return dict(files)
-
-
-def _checksum(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(COPY_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
