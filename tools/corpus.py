@@ -22,12 +22,11 @@ from launcher.errors import ABSENT, DataError
 ABSENT_SOMEWHERE = {"test", "tests", "idlelib", "tkinter", "turtle", "turtledemo", "lib2to3", "distutils", "ensurepip"}
 NOT_THE_LIBRARY = {"venv", "pydoc_data", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 MIN_CHARACTERS = 40  # shorter ones ("Return self.") are the same everywhere
-MAX_CHARACTERS = 1500  # of a labelled text: a model of 128 tokens reads about 400
-MAX_LANGUAGE_CHARACTERS = 20_000  # one topic must not fill the held-out share alone
+MAX_CHARACTERS = 1500  # of a labelled text: a model of 96 tokens reads about 300
 NUM_PACKAGES = 8
 MIN_TEXTS_PER_PACKAGE = 80  # Python 3.10 to 3.13 have 95 or more in the eighth package
 MAX_TEXTS_PER_PACKAGE = 250  # keeps the most frequent class below a fifth
-MIN_LANGUAGE_CHARACTERS = 500_000  # Python 3.10 to 3.13 give 1.5 million or more
+MIN_LANGUAGE_CHARACTERS = 500_000  # Python 3.10 to 3.13 give 1.4 million or more
 
 
 class Entry(NamedTuple):
@@ -57,7 +56,7 @@ def write_corpus(folder: Path, library: Path | None = None) -> Corpus:
     """Write `language.jsonl` and `packages.jsonl`. DataError when the installation carries too little."""
     library = library or Path(sysconfig.get_path("stdlib"))
     entries = list(read_entries(library))
-    texts = [*(entry.text[:MAX_LANGUAGE_CHARACTERS] for entry in entries), *_topics(library)]
+    texts = [prose(text) for text in (*(entry.docstring for entry in entries), *_topics(library))]
     num_characters = sum(map(len, texts))
     if num_characters < MIN_LANGUAGE_CHARACTERS:
         rule = f"holds {num_characters} characters of documentation, fewer than {MIN_LANGUAGE_CHARACTERS}"
@@ -116,12 +115,12 @@ def _topics(library: Path) -> list[str]:
         return []
     (assignment,) = (node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign))
     topics: dict[str, str] = ast.literal_eval(assignment.value)
-    cuts = (topic[i : i + MAX_LANGUAGE_CHARACTERS] for topic in topics.values() for i in _starts(topic))
-    return [cut for cut in cuts if len(cut) >= MIN_CHARACTERS]
+    return [topic for topic in topics.values() if len(topic) >= MIN_CHARACTERS]
 
 
-def _starts(text: str) -> range:
-    return range(0, len(text), MAX_LANGUAGE_CHARACTERS)
+def prose(text: str) -> str:
+    """One line per paragraph, single spaces: a small model's few steps go into words, not into indentation."""
+    return "\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
 
 
 def _labelled(library: Path, entries: list[Entry]) -> list[Entry]:

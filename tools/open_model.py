@@ -5,6 +5,7 @@ Plain transformers, never code from the folder.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def open_model(folder: Path, auto_class: str, task: str) -> Any:
 
 def _opened(folder: Path, auto_class: str, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
     try:
-        with _quiet():
+        with quiet_libraries():
             opened = head_class(auto_class).from_pretrained(
                 folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
@@ -45,19 +46,19 @@ def _opened(folder: Path, auto_class: str, config: Any, dtype: Any) -> tuple[Any
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Our own message says what is missing; the library's report and bar of the same would come on top."""
-    from transformers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """Our own messages say what is missing; the libraries' warnings and bars on the same would come on top."""
+    from transformers.utils import logging as bars
 
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disabled, has_bar = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        logging.disable(disabled)
         if has_bar:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _check_head(folder: Path, task: str, model: Any, info: dict[str, Any]) -> None:
