@@ -146,26 +146,20 @@ def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str
 
 
 def _launch_by_slurm(spec: JobSpec, script: str, dry_run: bool) -> None:
-    from launcher.emit.slurm import LOG_NAME
+    """The script is written beside its log, in a folder that Slurm needs to exist."""
+    from launcher.emit.slurm import LOG_NAME, MARKER
 
     if dry_run:
         typer.echo(script, nl=False)
         return
     path = Path(spec.output_dir).absolute() / "job.sbatch"
-    _write_batch_script(path, script)
-    job_id = _submit(path)
-    typer.echo(f"submitted job {job_id}; log: {path.parent / LOG_NAME.replace('%j', job_id)}")
-
-
-def _write_batch_script(path: Path, text: str) -> None:
-    """Written beside the log, in a folder that Slurm needs to exist; only a script of ours is replaced."""
-    from launcher.emit.slurm import MARKER
-
     if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
         rule = "exists, was not written by fleetune, and is not overwritten"
         raise UserError(str(path), ABSENT, rule, "move it away, or submit it with sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(script, encoding="utf-8")
+    job_id = _submit(path)
+    typer.echo(f"submitted job {job_id}; log: {path.parent / LOG_NAME.replace('%j', job_id)}")
 
 
 def _submit(script: Path) -> str:
