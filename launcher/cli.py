@@ -27,7 +27,10 @@ app = typer.Typer(
     help="One job spec in, a fine-tuned GPT- or BERT-style model out: init, plan, prepare, launch, convert, eval.",
 )
 
-SpecPath = Annotated[Path, typer.Argument(help="Job spec in YAML.", show_default=False)]
+# What typer raises for a wrong command line. Newer releases carry their own copy of click, whose classes are not click's.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec in YAML.", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key: training.lr=1e-4.")]
 
 
@@ -54,7 +57,7 @@ def init(
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(str(path), "exists", "and is not overwritten", "name another file") from None
+        raise UserError(str(path), ABSENT, "exists and is not overwritten", "name another file") from None
     typer.echo(f"wrote {path}; next: fleetune plan {path}")
 
 
@@ -78,13 +81,16 @@ def plan(
     from launcher.plan.explain import explain
 
     spec, made = _plan(spec_path, overrides)
+    files = _emitted(spec, made)  # also where nothing is written: a preset that is wrong is said before a run
+    if via is Via.slurm:
+        files["job.sbatch"] = _batch_script(spec, made, spec_path, overrides)
+    if emit is not None:
+        _refuse_others(emit, files)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else explain(made))
     if emit is not None:
-        files = _emitted(spec, made)
-        if via is Via.slurm:
-            files["job.sbatch"] = _batch_script(spec, made, spec_path, overrides)
+        emit.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _write_new(emit / name, text)
+            (emit / name).write_text(text)
             typer.echo(f"wrote {emit / name}", err=True)
 
 
@@ -239,11 +245,13 @@ def _batch_script(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[st
     return render_sbatch(made, load_cluster(spec.cluster.name).slurm, batch_job)
 
 
-def _write_new(path: Path, text: str) -> None:
-    if path.exists() and path.read_text() != text:
-        raise UserError(str(path), "exists", "with other content and is not overwritten", "name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+def _refuse_others(folder: Path, files: dict[str, str]) -> None:
+    """Before the first is written, so that a folder never holds the files of two plans."""
+    for path in (folder / name for name in files):
+        if path.exists() and (not path.is_file() or path.read_bytes() != files[path.name].encode()):
+            raise UserError(
+                str(path), ABSENT, "exists with other content and is not overwritten", "name another folder"
+            )
 
 
 @contextmanager
@@ -274,19 +282,17 @@ def _outcome(output_dir: Path, started: float, code: int) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit codes 0, 2 (the user's to fix), 75 (saved, can go on), 1 (ours)."""
-    raise SystemExit(guarded(lambda: app(args=argv, standalone_mode=False)))
+    raise SystemExit(guarded(lambda: app(args=argv, prog_name="fleetune", standalone_mode=False)))
 
 
 def guarded(body: Callable[[], Any]) -> int:
     """Run a command; a mistake of the user's is a message on stderr, not a traceback."""
-    import click
-
     try:
         result = body()
-    except click.ClickException as error:
-        error.show()
+    except USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
         return EXIT_USER
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except FleetuneError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
