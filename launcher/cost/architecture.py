@@ -23,10 +23,7 @@ def model_config(spec: JobSpec, vocab_size: int | None = None, overrides: dict[s
     """
     if spec.model.path is not None:
         return config_of_folder(spec.model.path, overrides or {})
-    raw = dict(_raw_config(spec.model))
-    if vocab_size is not None:
-        raw.setdefault("vocab_size", vocab_size)
-    return _config_from_dict(raw, overrides or {})
+    return _config_from_dict(dict(_raw_config(spec.model)), vocab_size, overrides or {})
 
 
 def config_of_folder(path: str, overrides: dict[str, Any], where: str = "model.path") -> Any:
@@ -39,7 +36,7 @@ def config_of_folder(path: str, overrides: dict[str, Any], where: str = "model.p
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            where, path, f"cannot be opened ({_first_line(error)})", "give a model folder or hub id"
+            where, path, f"cannot be opened ({in_short(error)})", "give a model folder or hub id"
         ) from None
 
 
@@ -56,15 +53,16 @@ def _raw_config(model: ModelSection) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError("model.from_config", source, "has no config.json", "give a config.json, or the keys") from None
+        rule = "has no config.json" if Path(source).is_dir() else "is not there"
+        raise ModelError("model.from_config", source, rule, "give a config.json, or the keys") from None
     except (OSError, ValueError) as error:
-        raise ModelError("model.from_config", source, f"cannot be read ({_first_line(error)})", "mend it") from None
+        raise ModelError("model.from_config", source, f"cannot be read ({in_short(error)})", "mend it") from None
     if not isinstance(raw, dict):
         raise ModelError("model.from_config", source, "is not a JSON object", "give a model's config.json")
     return raw
 
 
-def _config_from_dict(raw: dict[str, Any], overrides: dict[str, Any]) -> Any:
+def _config_from_dict(raw: dict[str, Any], vocab_size: int | None, overrides: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     model_type = raw.pop("model_type", None)
@@ -80,19 +78,27 @@ def _config_from_dict(raw: dict[str, Any], overrides: dict[str, Any]) -> Any:
             _nearest(model_type),
         ) from None
     _refuse_unknown_keys(raw, default)
+    if vocab_size is not None:
+        if not hasattr(default, "vocab_size"):
+            rule, way_out = (
+                "is an architecture without a vocabulary",
+                "choose one for text, such as gpt2, llama or bert",
+            )
+            raise ModelError("model.from_config.model_type", model_type, rule, way_out)
+        raw.setdefault("vocab_size", vocab_size)
     try:
         return AutoConfig.for_model(model_type, **raw, **overrides)
     except Exception as error:  # noqa: BLE001 - each architecture checks its values with exceptions of its own
         raise ModelError(
-            "model.from_config", raw, f"is refused by {model_type} ({_first_line(error)})", "mend it"
+            "model.from_config", ABSENT, f"is refused by {model_type} ({in_short(error)})", "mend it"
         ) from None
 
 
 def _nearest(model_type: str) -> str:
     from transformers import CONFIG_MAPPING
 
-    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
-    return f"did you mean {' or '.join(close)}?" if close else "try gpt2, llama or bert"
+    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+    return f"did you mean {close[0]}?" if close else "try gpt2, llama or bert"
 
 
 def _refuse_unknown_keys(raw: dict[str, Any], default: Any) -> None:
@@ -109,8 +115,10 @@ def _refuse_unknown_keys(raw: dict[str, Any], default: Any) -> None:
             raise ModelError(f"model.from_config.{key}", raw[key], f"is not a key of {default.model_type}", way_out)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def in_short(error: Exception) -> str:
+    """The first sentence of what transformers says, on one line; some of its errors are a page."""
+    sentence = " ".join(str(error).split()).partition(". ")[0].removesuffix(".") or type(error).__name__
+    return sentence if len(sentence) <= 200 else sentence[:197] + "..."
 
 
 def head_class(name: str) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from launcher.cost.architecture import blocks_of, head_class, model_config
+from launcher.cost.architecture import blocks_of, head_class, in_short, model_config
 from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
 from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
@@ -47,8 +47,9 @@ def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
     try:
         return head_class(task.auto_class).from_config(config, dtype=dtype, trust_remote_code=False).train()
     except (ValueError, ImportError, AttributeError, TypeError) as error:
-        rule = f"cannot be built for {task.name} ({str(error).splitlines()[0][:160]})"
-        raise ModelError("model", config.model_type, rule, "choose an architecture with this head") from None
+        rule = f"cannot be built for {task.name} ({in_short(error)})"
+        way_out = "mend the config, or choose an architecture with this head"
+        raise ModelError("model", config.model_type, rule, way_out) from None
 
 
 def _fit_or_refuse(model: Any) -> SavedBytes:
@@ -56,7 +57,7 @@ def _fit_or_refuse(model: Any) -> SavedBytes:
     try:
         return _fit(model)
     except (RuntimeError, NotImplementedError) as error:
-        rule = f"cannot be traced without data ({(str(error) or type(error).__name__).splitlines()[0][:160]})"
+        rule = f"cannot be traced without data ({in_short(error)})"
         raise ModelError(
             "model", type(model).__name__, rule, "choose another architecture: this one cannot be planned yet"
         ) from None
