@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import Problem, SpecError
+from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.resources import resource_dir
 from launcher.job.spec import JobSpec
 from launcher.plan.memory import REDUCE_BUCKET_ELEMENTS
@@ -19,19 +19,19 @@ from launcher.plan.values import Plan
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
-# Key -> where the user says it instead.
+# Key -> what to do instead.
 DERIVED = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "parallel.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and parallel.micro_batch_size",
-    "gradient_clipping": "training.max_grad_norm",
-    "fp16": "parallel.precision",
-    "bf16": "parallel.precision",
-    "optimizer": "training",
-    "scheduler": "training.schedule",
-    "zero_optimization.stage": "parallel.strategy",
-    "zero_optimization.reduce_bucket_size": "nothing: the planner counts its bytes",
-    "zero_optimization.allgather_bucket_size": "nothing: the planner counts its bytes",
+    "train_batch_size": "set training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "set parallel.micro_batch_size",
+    "gradient_accumulation_steps": "set training.global_batch_size and parallel.micro_batch_size",
+    "gradient_clipping": "set training.max_grad_norm",
+    "fp16": "set parallel.precision",
+    "bf16": "set parallel.precision",
+    "optimizer": "set the keys of training",
+    "scheduler": "set training.schedule",
+    "zero_optimization.stage": "set parallel.strategy",
+    "zero_optimization.reduce_bucket_size": "its bytes are part of the plan",
+    "zero_optimization.allgather_bucket_size": "its bytes are part of the plan",
 }
 TUNABLE = {
     "zero_optimization.overlap_comm",
@@ -77,17 +77,21 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 def _flat(preset: dict[str, Any]) -> dict[str, Any]:
     """`{"zero_optimization": {"stage": 2}}` -> `{"zero_optimization.stage": 2}`; only that section is taken apart."""
     inner = preset.get("zero_optimization", {})
-    nested = {f"zero_optimization.{key}": value for key, value in inner.items()} if isinstance(inner, dict) else {}
+    if not isinstance(inner, dict):
+        return preset
+    nested = {f"zero_optimization.{key}": value for key, value in inner.items()}
     return {**{key: value for key, value in preset.items() if key != "zero_optimization"}, **nested}
 
 
 def _refusal(path: str, key: str, value: Any) -> Problem | None:
     if key in DERIVED:
-        return Problem(f"{path}: {key}", value, "is derived by the planner", f"remove it here; set {DERIVED[key]}")
+        return Problem(f"{path}: {key}", value, "is derived by the planner", f"remove it here; {DERIVED[key]}")
+    if key == "zero_optimization":
+        return Problem(f"{path}: {key}", value, "is not a section", 'write {"zero_optimization": {...}}')
     if key not in TUNABLE:
         close = difflib.get_close_matches(key, sorted(TUNABLE), n=1)
         way_out = f"did you mean `{close[0]}`?" if close else f"tunable: {', '.join(sorted(TUNABLE))}"
-        return Problem(f"{path}: {key}", value, "is not a key that is tuned by hand", way_out)
+        return Problem(f"{path}: {key}", ABSENT, "is not a key that is tuned by hand", way_out)
     if value == "auto":
         return Problem(f"{path}: {key}", value, "leaves the value open", "give it, or remove the key for the default")
     return None

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from launcher.errors import SpecError
 from launcher.job.load import decode, read_yaml
 from launcher.job.resources import resource_dir
-from launcher.job.spec import Bool, Number, PositiveInt, Section, Text
+from launcher.job.spec import FROM_YAML, Bool, Positive, PositiveInt, Section, Text
 from launcher.units import GIB
 
 
@@ -22,20 +22,28 @@ class Gpu(Section):
     """What it is called by its maker."""
     kind: Literal["cuda", "cpu"]
     """How torch calls it."""
-    memory_gib: Annotated[Number, Field(gt=0, lt=100_000)] | Literal["machine"]
+    memory_gib: Annotated[float, Field(gt=0, lt=100_000, allow_inf_nan=False), FROM_YAML] | Literal["machine"]
     """Memory that a job can allocate, in GiB; `machine`: this machine's RAM, shared by its ranks."""
-    context_gib: Annotated[Number, Field(ge=0, lt=100)]
+    context_gib: Annotated[float, Field(ge=0, lt=100, allow_inf_nan=False), FROM_YAML]
     """Memory that the driver, the kernels' images and the communicators hold outside the allocator, in GiB."""
     bf16: Bool
     """Whether bf16 products run at full speed in hardware."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Gpu:
+        if self.memory_gib != "machine" and self.context_gib >= self.memory_gib:
+            raise ValueError(
+                f"has no memory left: context_gib {self.context_gib:g} of memory_gib {self.memory_gib:g}; mend one"
+            )
+        return self
 
 
 class Link(Section):
     """How ranks are joined."""
 
-    intra_node_gb_per_s: Annotated[Number, Field(gt=0)]
+    intra_node_gb_per_s: Positive
     """Bandwidth between two ranks of a node, one direction, in 1e9 bytes per second."""
-    inter_node_gb_per_s: Annotated[Number, Field(gt=0)]
+    inter_node_gb_per_s: Positive
     """Bandwidth of a node's network per rank, one direction, in 1e9 bytes per second."""
 
 
@@ -88,13 +96,13 @@ class Cluster(Section):
         }
         missing = sorted(figures - set(self.sources))
         if missing:
-            raise ValueError(f"`sources` says nothing of {', '.join(missing)}")
+            raise ValueError(f"`sources` says nothing of {', '.join(missing)}; add where each was read or measured")
         return self
 
     def memory_bytes_per_rank(self, ranks_per_node: int) -> int:
-        """What a rank may use, in bytes, the context taken off."""
+        """What a rank may use, in bytes, the context taken off; 0 where nothing is left."""
         if self.gpu.memory_gib == "machine":
-            return machine_memory_bytes() // ranks_per_node - int(self.gpu.context_gib * GIB)
+            return max(0, machine_memory_bytes() // ranks_per_node - int(self.gpu.context_gib * GIB))
         return int((self.gpu.memory_gib - self.gpu.context_gib) * GIB)
 
 

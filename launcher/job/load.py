@@ -6,6 +6,7 @@ Owns the words of every spec error. What is allowed is `spec.py`'s.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,17 @@ from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.spec import JobSpec, ShorthandSection
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+_MISSING = "is missing"
+_GUESS = "did you mean `"
+_KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a non-empty text",
+    "boolean": "true or false",
+    "array": "a non-empty list of texts",
+    "object": "a mapping",
+    "null": "null",
+}
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
@@ -45,8 +57,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        complaint = getattr(error, "problem", None) or str(error) or "nesting too deep"
-        raise SpecError(where, ABSENT, f"is not valid YAML ({complaint})", "mend this line") from None
+        complaint = getattr(error, "problem", None) or (str(error) or "nesting too deep").splitlines()[0]
+        way_out = "mend this line" if mark else "mend the file"
+        raise SpecError(where, ABSENT, f"is not valid YAML ({complaint})", way_out) from None
     if not isinstance(raw, dict):
         raise SpecError(
             str(path), ABSENT, "holds no `key: value` pairs", f"a {what} starts with lines such as `seed: 0`"
@@ -103,7 +116,17 @@ def decode(model: type[ModelT], raw: dict[str, Any], prefix: str = "") -> ModelT
         return model.model_validate(raw)
     except ValidationError as error:
         problems = {problem.path: problem for problem in reversed(list(_problems(model, raw, error, prefix)))}
-        raise SpecError.several(list(reversed(problems.values()))) from None
+        raise SpecError.several(_without_echoes(list(reversed(problems.values())))) from None
+
+
+def _without_echoes(problems: list[Problem]) -> list[Problem]:
+    """A misspelt key is one mistake: that the key which was meant is missing says nothing more."""
+    meant = {
+        ".".join([*problem.path.split(".")[:-1], guess])
+        for problem in problems
+        if (guess := problem.way_out.removeprefix(_GUESS).removesuffix("`?")) != problem.way_out
+    }
+    return [problem for problem in problems if (problem.rule, problem.path in meant) != (_MISSING, True)]
 
 
 def _problems(model: type[BaseModel], raw: Any, error: ValidationError, prefix: str) -> Iterator[Problem]:
@@ -111,16 +134,17 @@ def _problems(model: type[BaseModel], raw: Any, error: ValidationError, prefix: 
     for detail in error.errors(include_url=False):
         path, node, rest = _resolve(schema, detail["loc"])
         dotted = prefix + ".".join(path)
-        if detail["type"] == "extra_forbidden" and rest:
+        if detail["type"] in ("extra_forbidden", "invalid_key") and rest:
             yield _unknown_key(prefix + ".".join([*path, str(rest[0])]), str(rest[0]), node)
         elif detail["type"] == "missing":
             missing = _dereference(schema, node.get("properties", {}).get(rest[0], node) if rest else node)
-            yield Problem(dotted, ABSENT, "is missing", f"add it: {_meaning(missing)}")
+            yield Problem(dotted, ABSENT, _MISSING, f"add it: {_meaning(missing)}")
         elif detail["type"] == "value_error" and "properties" in node:
-            yield Problem(dotted or model.__name__, ABSENT, _plain(detail["msg"]), "keep one of them")
+            rule, _, way_out = detail["msg"].removeprefix("Value error, ").partition("; ")
+            yield Problem(dotted.removesuffix(": ") or model.__name__, ABSENT, rule, way_out)
         else:
             found = detail["input"] if isinstance(detail["input"], str | int | float | None) else _look_up(raw, path)
-            yield Problem(dotted, found, f"must be {_describe(schema, node)}", _way_out(node, found))
+            yield Problem(dotted, _as_written(found), f"must be {_describe(schema, node)}", _way_out(node, found))
 
 
 def _resolve(schema: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[list[str], dict[str, Any], list[int | str]]:
@@ -140,15 +164,16 @@ def _resolve(schema: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[list[s
 
 
 def _dereference(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    reference = node.get("$ref")
-    return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else node
+    """The section that a node stands for, also one that may be null; any other node as it is."""
+    references = [option["$ref"] for option in (node, *node.get("anyOf", [])) if "$ref" in option]
+    return schema["$defs"][references[0].rsplit("/", 1)[1]] if references else node
 
 
 def _unknown_key(dotted: str, key: str, node: dict[str, Any]) -> Problem:
     valid = sorted(node.get("properties", {}))
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    way_out = f"did you mean `{close[0]}`?" if close else f"valid here: {', '.join(valid)}"
-    return Problem(dotted, ABSENT, "is not a key of the spec", way_out)
+    way_out = f"{_GUESS}{close[0]}`?" if close else f"valid here: {', '.join(valid)}"
+    return Problem(dotted, ABSENT, "is not a known key", way_out)
 
 
 def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
@@ -161,15 +186,7 @@ def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
         return f"`{node['const']}`"
     if "enum" in node:
         return "one of " + ", ".join(map(str, node["enum"]))
-    name = {
-        "integer": "an integer",
-        "number": "a number",
-        "string": "a non-empty text",
-        "boolean": "true or false",
-    }.get(
-        node.get("type", ""),
-        {"array": "a list of texts", "object": "a mapping", "null": "null"}.get(node.get("type", ""), "valid"),
-    )
+    name = _KINDS[node["type"]]
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [
         f"{sign} {node[key]:g}" if node[key] < 1e7 else f"{sign} {node[key]}"
@@ -190,13 +207,26 @@ def _way_out(node: dict[str, Any], found: Any) -> str:
     choices += [str(c) for option in node.get("anyOf", []) for c in (*option.get("enum", []), option.get("const")) if c]
     close = difflib.get_close_matches(str(found), choices, n=1, cutoff=0.5)
     if close:
-        return f"did you mean `{close[0]}`?"
+        return f"{_GUESS}{close[0]}`?"
     default = node.get("default")
-    return _meaning(node) + (f" (default {default})" if isinstance(default, str | int | float) else "")
+    shown = _as_written(default) if isinstance(default, bool) else default
+    return _meaning(node) + (f" (default {shown})" if isinstance(default, str | int | float) else "")
 
 
-def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ")
+def _as_written(value: Any) -> Any:
+    """As YAML has it: `true`, `null`, and in quotes a text that would be something else without them."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str) and value and not isinstance(_read_as(value), str):
+        return f"'{value}'"
+    return value
+
+
+def _read_as(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def _look_up(raw: Any, path: list[str]) -> Any:

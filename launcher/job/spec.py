@@ -15,7 +15,7 @@ Auto = Literal["auto"]
 
 
 def _yaml_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` (no dot) as a string: take it for the number that was meant."""
+    """YAML 1.1 reads `1e-4` (no dot) as a string: take it for the number that was meant. `true` is no number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -29,10 +29,13 @@ def _yaml_number(value: Any) -> Any:
 Int = Annotated[int, Strict()]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(_yaml_number), Field(allow_inf_nan=False)]
+FROM_YAML = BeforeValidator(_yaml_number)  # last in an annotation, or the bounds before it are lost to the schema
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 PositiveInt = Annotated[Int, Field(ge=1)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), FROM_YAML]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), FROM_YAML]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), FROM_YAML]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), FROM_YAML]
 
 
 class Section(BaseModel):
@@ -48,6 +51,15 @@ class ShorthandSection(Section):
         return {next(iter(cls.model_fields)): value} if isinstance(value, str) else value
 
 
+def _exactly_one(section: Section, first: str, second: str) -> None:
+    """Of two keys that say the same thing in two ways. Raises `ValueError`: what is wrong; the way out."""
+    has_first, has_second = (getattr(section, key) is not None for key in (first, second))
+    if has_first and has_second:
+        raise ValueError(f"has both `{first}` and `{second}`; remove one of them")
+    if not (has_first or has_second):
+        raise ValueError(f"has neither `{first}` nor `{second}`; give one of them")
+
+
 class ModelSection(Section):
     path: Text | None = None
     """Folder or hub id of a model with weights, opened by `from_pretrained`."""
@@ -56,8 +68,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
-        if (self.path is None) == (self.from_config is None):
-            raise ValueError("needs exactly one of `path` (weights to start from) and `from_config` (random weights)")
+        _exactly_one(self, "path", "from_config")
         return self
 
 
@@ -102,7 +113,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_tokenizer(self) -> DataSection:
         if self.tokenizer is not None and self.train_tokenizer is not None:
-            raise ValueError("takes one of `tokenizer` (use this one) and `train_tokenizer` (make one), not both")
+            raise ValueError("has both `tokenizer` (use this one) and `train_tokenizer` (make one); remove one of them")
         return self
 
 
@@ -118,31 +129,30 @@ class TrainingSection(Section):
     """Samples per optimiser step, over all ranks and accumulation steps."""
     max_steps: PositiveInt | None = None
     """Optimiser steps; give this or `num_epochs`."""
-    num_epochs: Annotated[Number, Field(gt=0)] | None = None
+    num_epochs: Positive | None = None
     """Passes over the training samples; give this or `max_steps`."""
-    lr: Annotated[Number, Field(gt=0)] = 5e-5
+    lr: Positive = 5e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up, down to `min_lr_ratio` of the peak."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Optimiser steps of linear warm-up."""
-    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    min_lr_ratio: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay; never on biases and norms."""
     beta1: Fraction = 0.9
     """AdamW's decay of the first moment."""
     beta2: Fraction = 0.999
     """AdamW's decay of the second moment."""
-    eps: Annotated[Number, Field(gt=0)] = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Global gradient norm is clipped to this; null for no clipping."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
-        if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError("needs exactly one of `max_steps` and `num_epochs`")
+        _exactly_one(self, "max_steps", "num_epochs")
         return self
 
 
