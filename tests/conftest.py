@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden.compare import Golden
 from tests.support import write_corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew, then read their diff")
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(Path(__file__).parent / "golden", request.config.getoption("--update-golden"))
 
 
 @pytest.fixture(scope="session", autouse=True)

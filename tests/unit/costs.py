@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
+from launcher.cost import cache
 from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
 from launcher.job import Cluster, JobSpec, parse_spec
 from launcher.units import GIB
@@ -86,3 +95,24 @@ def spec_of(**changes: Any) -> JobSpec:
             node = node.setdefault(key, {})
         node[last] = value
     return parse_spec(raw)
+
+
+@contextlib.contextmanager
+def measured_here() -> Iterator[None]:
+    """Costs are measured by the same program in this process, which has imported torch already: seconds saved each."""
+    from launcher.cost import measure
+
+    def run_main(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        assert module == measure.__name__
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            try:
+                measure.main()
+            except Exception:  # noqa: BLE001 - as the process would: a traceback and exit code 1
+                return subprocess.CompletedProcess([], 1, output.getvalue(), traceback.format_exc())
+        return subprocess.CompletedProcess([], 0, output.getvalue(), "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "run_python", run_main)
+        yield

@@ -1,0 +1,338 @@
+"""What a user reads after a mistake: command, whole message and exit code, in one file compared whole.
+
+Every case runs the real command line in an empty folder, and leaves it as it found it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from launcher import cli
+from tests.golden.compare import Golden
+from tests.unit.costs import measured_here
+
+SPEC = """\
+output_dir: run
+model:
+  from_config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 48}
+task: causal_lm
+data:
+  train: corpus.jsonl
+  train_tokenizer: {vocab_size: 400}
+training: {seq_len: 48, global_batch_size: 8, max_steps: 20}
+parallel: {precision: fp32}
+cluster: {name: cluster.yaml, gpus_per_node: 2}
+"""
+CLUSTER = """\
+gpu: {name: Some GPU, kind: cuda, memory_gib: 16, context_gib: 1, bf16: true}
+link: {intra_node_gb_per_s: 300, inter_node_gb_per_s: 25}
+sources:
+  gpu.memory_gib: data sheet
+  gpu.context_gib: measured
+  gpu.bf16: data sheet
+  link.intra_node_gb_per_s: data sheet
+  link.inter_node_gb_per_s: data sheet
+"""
+
+
+FOREIGN = "is not valid YAML|is not valid JSON|cannot be read|cannot be opened|cannot be built for causal_lm|is refused by gpt2"
+
+
+class Case(NamedTuple):
+    name: str
+    argv: str
+    """The words after `fleetune`; `SPEC` above lies in job.yaml, `CLUSTER` in cluster.yaml."""
+    files: dict[str, str | bytes] = {}  # noqa: RUF012 - a NamedTuple's default, never altered
+
+
+def spec(name: str, *replacements: tuple[str, str], more: str = "", command: str = "plan job.yaml") -> Case:
+    """A case whose spec differs from the good one in these words."""
+    text = SPEC
+    for old, new in replacements:
+        assert old in text, f"{name}: {old!r} is not in the spec"
+        text = text.replace(old, new)
+    return Case(name, command, {"job.yaml": text + more})
+
+
+def cluster(name: str, *replacements: tuple[str, str]) -> Case:
+    text = CLUSTER
+    for old, new in replacements:
+        assert old in text, f"{name}: {old!r} is not in the cluster file"
+        text = text.replace(old, new)
+    return Case(name, "plan job.yaml", {"cluster.yaml": text})
+
+
+def preset(name: str, text: str, strategy: str = "zero2") -> Case:
+    options = f"--set parallel.strategy={strategy} --set parallel.deepspeed_preset=./preset.json"
+    return Case(name, f"plan job.yaml {options} --emit out", {"preset.json": text})
+
+
+def model(name: str, path: str, **files: str) -> Case:
+    return Case(
+        name, f"plan job.yaml --set model.from_config={path}", {f"m/{key}.json": text for key, text in files.items()}
+    )
+
+
+CASES = [
+    # the file
+    Case("the spec is not there", "plan missing.yaml"),
+    Case("the spec is a folder", "plan ."),
+    spec("the spec is empty", (SPEC, "")),
+    spec("the spec is a list", (SPEC, "- output_dir: run\n")),
+    spec("the spec is one word", (SPEC, "hello\n")),
+    Case("the spec is not UTF-8", "plan job.yaml", {"job.yaml": b"output_dir: " + b"\xff\xfe\n"}),
+    Case("the spec is binary", "plan job.yaml", {"job.yaml": b"\x00\x01\x02"}),
+    spec("a bracket is not closed", ("max_steps: 20}", "max_steps: 20")),
+    spec("indented by a tab", ("  train: corpus.jsonl", "\ttrain: corpus.jsonl")),
+    spec("a key is given twice", more="output_dir: other\n"),
+    spec("a key of a section is given twice", ("max_steps: 20", "max_steps: 20, seq_len: 12")),
+    spec("a tag that would build an object", ("output_dir: run", "output_dir: !!python/object/apply:os.getcwd []")),
+    # keys
+    spec("misspelt section", ("training:", "trainning:")),
+    spec("misspelt key", ("global_batch_size", "globl_batch_size")),
+    spec("misspelt key two levels down", ("vocab_size", "vocabsize")),
+    spec("misspelt key of a shorthand section", ("task: causal_lm", "task: {nam: causal_lm}")),
+    spec("a key like no other", more="zzz: 1\n"),
+    spec("a key that is a number", more="7: 1\n"),
+    spec("required section missing", ("task: causal_lm\n", "")),
+    spec("required key missing", ("seq_len: 48, ", "")),
+    spec("many mistakes at once", ("seq_len: 48", "seq_len: 0"), ("causal_lm", "casual_lm"), ("run", "''")),
+    # types and values
+    spec("a word for a number", ("seq_len: 48", "seq_len: long")),
+    spec("a fraction for a count", ("seq_len: 48", "seq_len: 48.5")),
+    spec("a boolean for a count", ("max_steps: 20", "max_steps: true")),
+    spec("null for a count", ("global_batch_size: 8", "global_batch_size: null")),
+    spec("a number in quotes", ("max_steps: 20", "max_steps: '20'")),
+    spec("below the least value", ("max_steps: 20", "max_steps: -3")),
+    spec("a learning rate that is a word", ("max_steps: 20", "max_steps: 20, lr: fast")),
+    spec("a learning rate that is no number", ("max_steps: 20", "max_steps: 20, lr: .nan")),
+    spec("a share above one", ("  train_tok", "  validation_fraction: 1.5\n  train_tok")),
+    spec("a number for a path", ("output_dir: run", "output_dir: 7")),
+    spec("an empty path", ("output_dir: run", "output_dir: ''")),
+    spec("a list for a path", ("output_dir: run", "output_dir: [run]")),
+    spec("an empty list of files", ("train: corpus.jsonl", "train: []")),
+    spec("a number in a list of files", ("train: corpus.jsonl", "train: [corpus.jsonl, 3]")),
+    spec("a word for a boolean", more="checkpoint: {resume: sometimes}\n"),
+    spec("a list for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training: [48, 8]")),
+    spec("null for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training:")),
+    spec("unknown task", ("causal_lm", "masked_lm")),
+    spec("unknown strategy", ("precision: fp32", "strategy: zero4")),
+    spec("unknown strategy as shorthand", ("parallel: {precision: fp32}", "parallel: fsdpp")),
+    spec("a negative seed", more="seed: -1\n"),
+    # either, not both
+    spec("neither max_steps nor num_epochs", (", max_steps: 20", "")),
+    spec("both max_steps and num_epochs", ("max_steps: 20", "max_steps: 20, num_epochs: 1")),
+    spec("neither model.path nor model.from_config", ("  from_config: {", "  # {"), ("model:", "model: {}")),
+    spec("both model.path and model.from_config", ("model:\n", "model:\n  path: gpt2\n")),
+    spec("both tokenizers", ("  train_tok", "  tokenizer: gpt2\n  train_tok")),
+    # arithmetic
+    spec("batch not a multiple of the ranks", ("global_batch_size: 8", "global_batch_size: 7")),
+    spec("batch below the ranks", ("global_batch_size: 8", "global_batch_size: 1")),
+    spec("batch not a multiple of micro-batch x ranks", ("precision: fp32", "micro_batch_size: 3")),
+    spec("longer than the model's positions", ("seq_len: 48", "seq_len: 49")),
+    # the model
+    spec("unknown model_type", ("model_type: gpt2", "model_type: gtp2")),
+    spec("a model_type like no other", ("model_type: gpt2", "model_type: ours")),
+    spec("no model_type", ("model_type: gpt2, ", "")),
+    spec("unknown config key", ("n_layer: 2", "n_layers: 2")),
+    spec("config values that contradict", ("n_head: 2", "n_head: 5")),
+    spec("a width that is a word", ("n_embd: 32", "n_embd: wide")),
+    Case("model folder is not there", "plan job.yaml --set 'model={path: ./nowhere}'"),
+    Case("model folder without config.json", "plan job.yaml --set 'model={path: ./m}'", {"m/notes.json": "{}"}),
+    Case("model file is cut short", "plan job.yaml --set 'model={path: ./m}'", {"m/config.json": '{"model_type": "gp'}),
+    Case(
+        "model of an unknown type",
+        "plan job.yaml --set 'model={path: ./m}'",
+        {"m/config.json": '{"model_type": "ours"}'},
+    ),
+    model("config file is not there", "./nowhere/config.json"),
+    model("config folder without config.json", "m", notes="{}"),
+    model("config file is cut short", "m", config='{"model_type": "gpt2"'),
+    model("config file is a list", "m", config="[]"),
+    spec(
+        "an architecture without this head",
+        (
+            "from_config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 48}",
+            "from_config: {model_type: vit}",
+        ),
+    ),
+    # the machines
+    spec("unknown cluster", ("name: cluster.yaml", "name: a100")),
+    spec("cluster file is not there", ("name: cluster.yaml", "name: ./site.yaml")),
+    spec("no nodes", ("gpus_per_node: 2", "nodes: 0")),
+    cluster("memory of a cluster below nothing", ("memory_gib: 16", "memory_gib: -16")),
+    cluster("memory of a cluster in words", ("memory_gib: 16", "memory_gib: 16 GB")),
+    cluster("memory of a cluster beyond reason", ("memory_gib: 16", "memory_gib: 16000000")),
+    cluster("misspelt key of a cluster", ("context_gib", "contex_gib")),
+    cluster("a figure without a source", ("  gpu.bf16: data sheet\n", "")),
+    cluster("an unknown kind of accelerator", ("kind: cuda", "kind: tpu")),
+    cluster("a context above the memory", ("context_gib: 1", "context_gib: 20")),
+    cluster("nothing fits", ("memory_gib: 16", "memory_gib: 1.0001")),
+    Case(
+        "nothing fits, with fixed choices",
+        "plan job.yaml --set parallel.strategy=ddp --set parallel.micro_batch_size=4",
+        {"cluster.yaml": CLUSTER.replace("memory_gib: 16", "memory_gib: 1.0001")},
+    ),
+    # presets
+    preset("preset with a derived key", '{"train_batch_size": 64}'),
+    preset(
+        "preset with derived keys of the ZeRO section", '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1}}'
+    ),
+    preset("preset with an unknown key", '{"zero_optimization": {"overlap_com": true}}'),
+    preset("preset with a key like no other", '{"zzz": 1}'),
+    preset("preset with auto", '{"zero_optimization": {"overlap_comm": "auto"}}'),
+    preset("preset that is not JSON", "{overlap: 1"),
+    preset("preset that is a list", "[]"),
+    preset("preset whose ZeRO section is a word", '{"zero_optimization": "fast"}'),
+    preset("preset without effect: fsdp", "{}", strategy="fsdp"),
+    preset("preset without effect: auto", "{}", strategy="auto"),
+    Case("unknown preset", "plan job.yaml --set parallel=zero2 --set parallel.deepspeed_preset=zero9 --emit out"),
+    Case("unknown preset without --emit", "plan job.yaml --set parallel=zero2 --set parallel.deepspeed_preset=zero9"),
+    # --set
+    Case("--set without a value", "plan job.yaml --set training.lr"),
+    Case("--set without a key", "plan job.yaml --set =3"),
+    Case("--set with an empty part", "plan job.yaml --set training..lr=3"),
+    Case("--set of an unknown key", "plan job.yaml --set training.learning_rate=1e-4"),
+    Case("--set inside a value", "plan job.yaml --set output_dir.x=1"),
+    Case("--set that is not YAML", "plan job.yaml --set 'output_dir=[1'"),
+    Case("--set of a wrong type", "plan job.yaml --set training.max_steps=soon"),
+    # the command line itself
+    Case("unknown command", "plann job.yaml"),
+    Case("unknown option", "plan job.yaml --emitt out"),
+    Case("no spec", "plan"),
+    Case("an option without its value", "plan job.yaml --set"),
+    Case("init with an unknown task", "init new.yaml --task masked_lm"),
+    Case("init over a file", "init job.yaml"),
+    Case("emit over a file of the user's", "plan job.yaml --emit out", {"out/plan.json": "mine"}),
+    Case("prepare with a bad spec", "prepare job.yaml --set seed=x"),
+    Case("launch with a bad spec", "launch job.yaml --set seed=x"),
+    Case("launch on many nodes", "launch job.yaml --set cluster.nodes=2"),
+    Case("launch of what does not fit", "launch job.yaml --set cluster.name=none"),
+]
+
+
+class Outcome(NamedTuple):
+    output: str
+    """Standard output and error together."""
+    code: object
+    left_behind: set[str]
+    """Files written, altered or removed."""
+
+
+def run(argv: list[str]) -> tuple[str, object]:
+    """(output, exit code); an exception that is none of ours is a traceback and exit code 1, as Python would have it."""
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        try:
+            cli.main(argv)
+        except SystemExit as left:
+            return screen.getvalue(), left.code
+        except Exception:  # noqa: BLE001 - it is the test's finding
+            return screen.getvalue() + traceback.format_exc(), 1
+    raise AssertionError("main always leaves")
+
+
+@contextlib.contextmanager
+def folder_of(case: Case, root: Path) -> Iterator[Path]:
+    """The working directory of a case: its files, and the good ones where it has none of its own."""
+    folder = root / str(len(list(root.iterdir())))
+    for name, content in {"job.yaml": SPEC, "cluster.yaml": CLUSTER, **case.files}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = Path.cwd()
+    os.chdir(folder)  # so that messages show the names a user would have typed
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    root = tmp_path_factory.mktemp("cases")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch, measured_here():
+        patch.setenv("COLUMNS", "100")
+        for case in CASES:
+            with folder_of(case, root) as folder:
+                before = contents(folder)
+                output, code = run(shlex.split(case.argv))
+                changed = {name for name, _ in before.items() ^ contents(folder).items()}
+                found[case.name] = Outcome(output, code, changed)
+    return found
+
+
+def test_the_good_spec_is_good(tmp_path: Path) -> None:
+    """Each case differs from it in one thing, so that thing is what is refused."""
+    with folder_of(Case("good", ""), tmp_path), measured_here():
+        output, code = run(["plan", "job.yaml"])
+    assert (code, output.split()[0]) == (0, "plan")
+
+
+def ours(output: str) -> str:
+    """Without the words of libraries, which change with their releases: what they say in brackets, and typer's usage."""
+    if not output.startswith("error: "):
+        return "(what typer says of a command line)"
+    return re.sub(rf"({FOREIGN}) \(.*\);", r"\1 (...);", output.rstrip())
+
+
+def test_messages(outcomes: dict[str, Outcome], golden: Golden) -> None:
+    """All of them, word by word."""
+    blocks = [
+        f"# {case.name}\n$ fleetune {case.argv}\n{ours(outcome.output)}\n[exit code {outcome.code}]\n"
+        for case, outcome in ((case, outcomes[case.name]) for case in CASES)
+    ]
+    golden.check("messages.txt", "\n".join(blocks))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_mistake_is_the_users_and_is_told_in_words(case: Case, outcomes: dict[str, Outcome]) -> None:
+    """Exit code 2, no traceback, nothing written; in our own messages each line has a path, a rule and a way out."""
+    output, code, left_behind = outcomes[case.name]
+    assert (code, left_behind) == (2, set())
+    assert "Traceback" not in output
+    if output.startswith("error: "):
+        for line in output.removeprefix("error: ").splitlines():
+            path, colon, rest = line.partition(": ")
+            rule, semicolon, way_out = rest.rpartition("; ")
+            assert (colon, semicolon) == (": ", "; ")
+            assert path
+            assert rule
+            assert way_out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unknown command", ["Usage: fleetune", "'plann'"]),
+        ("unknown option", ["Usage: fleetune plan", "--emitt"]),
+        ("no spec", ["Usage: fleetune plan", "SPEC"]),
+        ("an option without its value", ["--set", "argument"]),
+        ("a bracket is not closed", ["job.yaml:9: ", "expected ',' or '}'"]),
+        ("a key is given twice", ["job.yaml:11: ", "key 'output_dir' is given twice"]),
+        ("config values that contradict", ["32", "5"]),
+        ("a width that is a word", ["n_embd", "'wide'"]),
+    ],
+)
+def test_the_words_of_libraries_are_shown(name: str, words: list[str], outcomes: dict[str, Outcome]) -> None:
+    """Left out of the golden file, but not of what a user sees."""
+    assert [word for word in words if word not in outcomes[name].output] == []
+
+
+def test_each_case_has_its_own_name() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
