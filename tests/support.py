@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REPO = Path(__file__).resolve().parents[1]
 BATCH = 8
@@ -80,21 +81,26 @@ def torchrun(num_ranks: int, *script: str | Path) -> list[str]:
 
 @contextmanager
 def started(argv: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher and its ranks in a process group of their own, all killed when the block is left."""
+    """A launcher and its ranks, all killed when the block is left."""
     with log.open("wb") as output:
-        child = subprocess.Popen(argv, stdout=output, stderr=output, env=rank_environment(), start_new_session=True)
+        child = subprocess.Popen(argv, stdout=output, stderr=output, env=rank_environment())
         try:
             yield child
         finally:
-            kill_group(child)
+            kill_tree(child)
 
 
-def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """`kill -9` of the launcher and every rank at once."""
+def kill_tree(child: subprocess.Popen[bytes]) -> None:
+    """`kill -9` of the launcher and of every rank: torchrun gives each rank a session of its own."""
     try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        launcher = psutil.Process(child.pid)
+        tree = [*launcher.children(recursive=True), launcher]
+    except psutil.NoSuchProcess:
         return
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree)
     child.wait()
 
 

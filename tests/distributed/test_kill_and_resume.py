@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from launcher.data.prepare import prepare
 from launcher.job import parse_spec
-from tests.support import REPO, job, kill_group, records, run_ranks, started, torchrun
+from tests.support import REPO, job, kill_tree, records, run_ranks, started, torchrun
 from tools.convert import convert
 
 RUN = REPO / "launcher" / "run.py"
@@ -60,7 +61,10 @@ def test_killed_after_three_steps_equals_six_straight(strategy: str, prefix: str
     with started(torchrun(2, STALLING, "5", "--spec", killed), log) as child:
         wait_for(lambda: (run / "metrics.jsonl").is_file() and len(records(run)) == 5, child)
         assert (run / "checkpoints" / "step-00000003" / "manifest.json").is_file()
-        kill_group(child)
+        ranks = psutil.Process(child.pid).children(recursive=True)
+        kill_tree(child)
+        assert len(ranks) >= 2
+        assert not any(rank.is_running() for rank in ranks)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     (run / "checkpoints" / "step-00000006.tmp").mkdir()  # as a kill in the next save would leave it
 

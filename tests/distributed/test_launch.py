@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import yaml
 
 from launcher.data.prepare import prepare
 from launcher.job import parse_spec
-from tests.support import REPO, job, rank_environment, records, run_ranks
+from tests.support import REPO, job, kill_tree, rank_environment, records, run_ranks
 
 FLEETUNE = [sys.executable, "-m", "launcher"]
 
@@ -34,9 +33,7 @@ def interrupt(path: Path, log: Path, number: signal.Signals) -> int:
     """Launch, wait for the fifth step, signal the launcher, and return its exit code."""
     run = path.parent / "run"
     with log.open("wb") as output:
-        child = subprocess.Popen(
-            [*FLEETUNE, "launch", str(path)], stdout=output, stderr=output, env=rank_environment(), start_new_session=True
-        )
+        child = subprocess.Popen([*FLEETUNE, "launch", str(path)], stdout=output, stderr=output, env=rank_environment())
         try:
             end = time.monotonic() + 180
             while not (run / "metrics.jsonl").is_file() or len(records(run)) < 5:
@@ -46,8 +43,7 @@ def interrupt(path: Path, log: Path, number: signal.Signals) -> int:
             child.send_signal(number)
             return child.wait(timeout=120)
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            kill_tree(child)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
@@ -70,7 +66,11 @@ def test_dry_run_prints_what_runs_and_runs_nothing(corpus: Path, tmp_path: Path)
     """The DeepSpeed JSON and the command line are on the screen; no folder is made."""
     path = spec_file(tmp_path, corpus, "zero2")
     done = subprocess.run(
-        [*FLEETUNE, "launch", str(path), "--dry-run"], capture_output=True, text=True, env=rank_environment(), check=True
+        [*FLEETUNE, "launch", str(path), "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=rank_environment(),
+        check=True,
     )
     assert '"stage": 2' in done.stdout
     assert "torch.distributed.run" in done.stdout
