@@ -18,8 +18,8 @@ from launcher.plan import Plan
 from launcher.units import show_count, show_seconds
 from tools.evaluate import Scores
 
-PERPLEXITY_SHARE = 0.5  # promised: at most this share of the untrained model's; measured 0.08 to 0.1
-F1_GAIN = 0.3  # promised: at least this much above always naming the most frequent package; measured 0.8
+PERPLEXITY_SHARE = 0.5  # promised: at most this share of the untrained model's; measured 0.09
+F1_GAIN = 0.3  # promised: at least this much above always naming the most frequent package; measured 0.76
 
 
 @dataclass(frozen=True)

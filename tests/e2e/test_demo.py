@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from rich.console import Console
+from sklearn.metrics import f1_score
 
-from launcher.errors import UserError
+from launcher.errors import FleetuneError, UserError
 from launcher.task import task_of
 from launcher.train.model import build_model
 from tools.corpus import write_corpus
 from tools.demo import BERT, GPT, clear, learn
-from tools.demo_report import Learnt, Lesson, majority_f1
-from tools.evaluate import main
+from tools.demo_report import Learnt, Lesson, check_promises, majority_f1
+from tools.evaluate import Scores, main
 
 FEW = ("training.max_steps=4", "training.global_batch_size=8", "data.train_tokenizer.vocab_size=600")
 SMALL = {
@@ -60,7 +62,7 @@ def test_the_model_folder_holds_what_was_trained(
     assert not any(info.values()), info
     trained = build_model(learnt.spec, task, learnt.data).eval()
     trained.load_state_dict(trained_state(learnt, tmp_path))
-    batch = task.collate(learnt.data.split("validation").rows(torch.arange(4).numpy()), learnt.data.pad_id)
+    batch = task.collate(learnt.data.split("validation").rows(np.arange(4)), learnt.data.pad_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
         difference = (opened.eval()(**inputs).logits - trained(**inputs).logits).abs().max()
@@ -70,7 +72,37 @@ def test_the_model_folder_holds_what_was_trained(
     assert main([str(learnt.model_dir), "--prepared", learnt.spec.prepared_dir]) == 0
     assert f"loss       {learnt.after.metrics['loss']:.6g}" in capsys.readouterr().out
     if lesson is BERT:
-        assert 0 < majority_f1(learnt.data) < 0.1
+        assert majority_f1(learnt.data) == pytest.approx(f1_of_the_commonest_label(learnt), rel=1e-12)
+
+
+def f1_of_the_commonest_label(learnt: Learnt) -> float:
+    """By scikit-learn."""
+    train, truth = (
+        [row["label"] for row in split.rows(np.arange(len(split)))]
+        for split in (learnt.data.split("train"), learnt.data.split("validation"))
+    )
+    guess = max(train, key=train.count)
+    return float(f1_score(truth, [guess] * len(truth), average="macro", zero_division=0))
+
+
+def promised(gpt: float, bert: float) -> None:
+    def scores(value: float) -> Scores:
+        return Scores(1, {"perplexity": value, "f1": value})
+
+    def learnt(lesson: Lesson, before: float, after: float) -> Learnt:
+        return Learnt(lesson, *[cast(Any, None)] * 3, scores(before), scores(after), 0.0)
+
+    check_promises(learnt(GPT, 100.0, gpt), learnt(BERT, 0.0, bert), majority=0.1)
+
+
+def test_a_promise_that_is_not_kept_is_an_error() -> None:
+    """Also where a score is not a number."""
+    promised(gpt=50.0, bert=0.41)
+    for gpt in (51.0, float("nan")):
+        with pytest.raises(FleetuneError, match=rf"^perplexity went from 100.0 to {gpt} only, not below half$"):
+            promised(gpt=gpt, bert=0.9)
+    with pytest.raises(FleetuneError, match=r"^macro F1 is 0.390, not 0.3 above always the same answer \(0.100\)$"):
+        promised(gpt=20.0, bert=0.39)
 
 
 def test_a_second_demo_deletes_what_the_first_made_and_nothing_else(tmp_path: Path) -> None:
