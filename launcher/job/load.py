@@ -135,7 +135,7 @@ def _problems(model: type[BaseModel], raw: Any, error: ValidationError, prefix: 
         path, node, rest = _resolve(schema, detail["loc"])
         dotted = prefix + ".".join(path)
         if detail["type"] in ("extra_forbidden", "invalid_key") and rest:
-            yield _unknown_key(prefix + ".".join([*path, str(rest[0])]), str(rest[0]), node)
+            yield _unknown_key(prefix + ".".join([*path, _shown_key(str(rest[0]))]), str(rest[0]), node)
         elif detail["type"] == "missing":
             missing = _dereference(schema, node.get("properties", {}).get(rest[0], node) if rest else node)
             yield Problem(dotted, ABSENT, _MISSING, f"add it: {_meaning(missing)}")
@@ -174,6 +174,11 @@ def _unknown_key(dotted: str, key: str, node: dict[str, Any]) -> Problem:
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     way_out = f"{_GUESS}{close[0]}`?" if close else f"valid here: {', '.join(valid)}"
     return Problem(dotted, ABSENT, "is not a known key", way_out)
+
+
+def _shown_key(key: str) -> str:
+    """A key of the user's, in quotes where it would not show, or would move the terminal's cursor."""
+    return key if key.strip() and key.isprintable() else repr(key)
 
 
 def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
