@@ -31,7 +31,7 @@ Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 FROM_YAML = BeforeValidator(_yaml_number)  # last in an annotation, or the bounds before it are lost to the schema
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
-PositiveInt = Annotated[Int, Field(ge=1)]
+PositiveInt = Annotated[Int, Field(ge=1, le=10**9)]  # products of two still fit 64 bits, and loops over divisors end
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), FROM_YAML]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), FROM_YAML]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), FROM_YAML]

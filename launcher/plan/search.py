@@ -6,6 +6,7 @@ accumulation steps, then the order of STRATEGIES (least machinery first).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from launcher.cost.values import ModelCost
@@ -86,7 +87,8 @@ def _micro_batches(spec: JobSpec) -> list[int]:
     if asked != "auto":
         return [asked]
     share = spec.training.global_batch_size // spec.num_ranks
-    return [size for size in range(1, share + 1) if share % size == 0]
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    return sorted({*small, *(share // size for size in small)})
 
 
 def _check_lengths(spec: JobSpec, cost: ModelCost) -> None:
