@@ -153,7 +153,7 @@ def holder_of(raw: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
 
 
 def misspelt(key: str, chance: random.Random) -> str:
-    at = chance.randrange(len(key))
+    at = chance.randrange(len(key) or 1)
     return chance.choice([key[:at] + key[at + 1 :], key[:at] + "x" + key[at:], key.upper(), key + " "])
 
 

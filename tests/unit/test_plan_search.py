@@ -1,0 +1,227 @@
+"""Which layout is chosen, and that what lost is told with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
+from launcher.errors import PlanError, SpecError, UserError
+from launcher.job import load_cluster
+from launcher.plan import Plan, make_plan
+from launcher.plan.explain import explain
+from launcher.plan.search import STRATEGIES
+from launcher.units import GIB
+from tests.unit.costs import cluster_of, llama_405b, small_cost, spec_of
+
+NOTHING = LinearInBatch(0, 0)
+
+
+def state_only(**changes: Any) -> ModelCost:
+    """A model whose activations and logits take nothing, so that only the strategies differ."""
+    saved = dict.fromkeys(("fp32", "bf16"), SavedBytes(NOTHING, NOTHING, NOTHING))
+    return small_cost(saved=saved, logits_width=0, **changes)
+
+
+def plan_in(memory_bytes: float, cost: ModelCost | None = None, bf16: bool = False, **changes: Any) -> Plan:
+    """4 ranks, one sample each, unless changed."""
+    spec = spec_of(**{"cluster__gpus_per_node": 4, "training__global_batch_size": 4, **changes})
+    return make_plan(spec, cost or state_only(), cluster_of(memory_bytes, bf16))
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "chosen"),
+    [
+        (10**6, "ddp"),
+        (16_800, "ddp"),  # 16 bytes a parameter and the margin of a twentieth
+        (16_799, "zero1"),
+        (15_750, "zero1"),  # 4000 + 1000 + 4000 + 2000 + 4000
+        (15_749, "zero2"),
+        (12_600, "zero2"),  # 4000 + 1000 + 1000 + 2000 + 4000
+        (12_599, "fsdp"),
+        (8_400, "fsdp"),  # 1000 + 1000 + 2000 + 2400 + 1600
+    ],
+)
+def test_the_less_memory_the_more_is_sharded(memory_bytes: int, chosen: str) -> None:
+    assert plan_in(memory_bytes).chosen.strategy == chosen
+
+
+def test_below_the_smallest_nothing_fits() -> None:
+    with pytest.raises(PlanError, match=r"fsdp, micro-batch 1 x 1 is the smallest, 8.20 KiB needed"):
+        plan_in(8_399)
+
+
+def test_in_bf16_zero1_sends_half_of_ddp() -> None:
+    """DDP's gradients stay fp32 under autocast; ZeRO-1 reduces in bf16 and gathers in bf16."""
+    plan = plan_in(10**6, bf16=True)
+    ddp = next(candidate for candidate in plan.alternatives if candidate.strategy == "ddp")
+    assert plan.chosen.strategy == "zero1"
+    assert 2 * plan.chosen.communication_bytes == ddp.communication_bytes
+
+
+def test_one_rank_needs_no_machinery() -> None:
+    """Nothing is sent, so the first of the strategies wins, in either precision."""
+    for bf16 in (False, True):
+        assert plan_in(10**6, bf16=bf16, cluster__gpus_per_node=1).chosen.strategy == "ddp"
+
+
+def test_recompute_is_the_last_resort() -> None:
+    """A third more arithmetic: rather any strategy, and any micro-batch, without it."""
+    cost = small_cost()
+    plan = plan_in(10**7, cost, training__global_batch_size=32)
+    assert plan.chosen.recompute == "none"
+    smallest = min(
+        (c for c in (plan.chosen, *plan.alternatives) if c.recompute == "none"), key=lambda c: c.memory.total_bytes
+    )
+    assert plan_in(smallest.memory.total_bytes, cost, training__global_batch_size=32).chosen.recompute == "none"
+    assert plan_in(smallest.memory.total_bytes - 1, cost, training__global_batch_size=32).chosen.recompute == "full"
+
+
+def test_the_largest_micro_batch_that_fits_is_taken() -> None:
+    """Fewest accumulation steps among those that send as little."""
+    cost = small_cost()
+    chosen = plan_in(10**7, cost, training__global_batch_size=32, parallel="ddp").chosen
+    assert (chosen.micro_batch_size, chosen.accumulation_steps) == (8, 1)
+    tighter = plan_in(chosen.memory.total_bytes - 1, cost, training__global_batch_size=32, parallel="ddp").chosen
+    assert (tighter.micro_batch_size, tighter.accumulation_steps) == (4, 2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_fixed_stays_fixed(strategy: str) -> None:
+    """Strategy, micro-batch, recompute and precision, all at once; nothing else is even tried."""
+    fixed = {"strategy": strategy, "micro_batch_size": 2, "recompute": "full", "precision": "bf16"}
+    plan = plan_in(10**7, small_cost(), training__global_batch_size=16, parallel=fixed)
+    chosen = plan.chosen
+    assert {key: getattr(chosen, key) for key in fixed} == fixed
+    assert chosen.accumulation_steps == 2
+    assert (plan.alternatives, plan.rejected) == ((), ())
+    assert f"{strategy} is what the spec asks for" in plan.reason
+
+
+@given(memory_bytes=st.integers(9_000, 60_000), batch=st.integers(1, 24).map(lambda share: 4 * share))
+@settings(max_examples=100, deadline=None)
+def test_a_plan_is_whole(memory_bytes: int, batch: int) -> None:
+    """It fits, its batch adds up, and every layout is chosen, an alternative, or rejected with its shortfall."""
+    try:
+        plan = plan_in(memory_bytes, small_cost(logits_width=1), training__global_batch_size=batch)
+    except PlanError:
+        return
+    share = batch // 4
+    divisors = sum(share % size == 0 for size in range(1, share + 1))
+    assert 1 + len(plan.alternatives) + len(plan.rejected) == len(STRATEGIES) * divisors * 2
+    for candidate in (plan.chosen, *plan.alternatives):
+        assert candidate.memory.fits
+        assert candidate.micro_batch_size * candidate.accumulation_steps * 4 == batch
+    for lost in plan.rejected:
+        assert not lost.candidate.memory.fits
+        assert "needed" in lost.reason
+        assert "usable" in lost.reason
+    assert explain(plan)
+
+
+def test_the_reason_names_what_would_have_sent_less() -> None:
+    plan = plan_in(12_599)
+    assert plan.reason.startswith("fsdp sends least of those that fit (8.20 KiB of 12.3 KiB per rank)")
+    for lost in ("ddp: 16.4 KiB needed", "zero1: 15.4 KiB needed", "zero2: 12.3 KiB needed"):
+        assert lost in plan.reason
+
+
+def test_the_digest_never_changes_between_releases() -> None:
+    """It stands in manifests: this one is a promise."""
+    plan = plan_in(10**6)
+    assert plan.decision() == {
+        "strategy": "ddp",
+        "micro_batch_size": 1,
+        "accumulation_steps": 1,
+        "recompute": "none",
+        "precision": "fp32",
+        "nodes": 1,
+        "gpus_per_node": 4,
+        "device": "cuda",
+        "global_batch_size": 4,
+        "seq_len": 10,
+    }
+    assert plan.digest() == "f628e71d3f2c"
+
+
+def test_the_digest_is_of_the_decision_only() -> None:
+    """More memory, another model or another learning rate change nothing that ranks must agree on."""
+    plan = plan_in(10**6)
+    same = [
+        plan_in(10**7),
+        plan_in(10**6, state_only(num_params=900)),
+        plan_in(10**6, training__lr=1.0),
+        dataclasses.replace(plan, reason="another", alternatives=(), rejected=()),
+    ]
+    assert {other.digest() for other in same} == {plan.digest()}
+    others = [
+        plan_in(10**6, parallel="zero1"),
+        plan_in(10**6, training__seq_len=9),
+        plan_in(10**6, training__global_batch_size=8),
+        plan_in(10**6, parallel__recompute="full"),
+        plan_in(10**6, parallel__precision="bf16", parallel__strategy="ddp"),
+        plan_in(10**6, cluster={"nodes": 2, "gpus_per_node": 2}),
+    ]
+    assert len({other.digest() for other in (plan, *others)}) == 1 + len(others)
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do() -> None:
+    with pytest.raises(SpecError, match=r"10 is not a multiple of 4 ranks; nearest: 8, 12"):
+        plan_in(10**6, training__global_batch_size=10)
+    with pytest.raises(SpecError, match=r"8 is not a multiple of micro_batch_size 3 x 4 ranks = 12; nearest: 12"):
+        plan_in(10**6, training__global_batch_size=8, parallel__micro_batch_size=3)
+
+
+def test_a_batch_without_end_is_planned_at_once() -> None:
+    """Micro-batches are divisors of a rank's share, found in its square root of steps."""
+    tried = plan_in(10**6, training__global_batch_size=10**9, training__seq_len=1)
+    sizes = {
+        c.micro_batch_size for c in (tried.chosen, *tried.alternatives, *(lost.candidate for lost in tried.rejected))
+    }
+    assert len(sizes) == 80  # 250,000,000 = 2^7 x 5^9 has 8 x 10 divisors
+    assert max(sizes) == 250_000_000
+
+
+def test_a_model_without_bound_on_positions_takes_any_length() -> None:
+    assert plan_in(10**6, state_only(max_positions=None), training__seq_len=10**6).seq_len == 10**6
+    with pytest.raises(SpecError, match="give at most 4096"):
+        plan_in(10**6, training__seq_len=4097)
+
+
+@pytest.mark.parametrize(("nodes", "batch"), [(1280, 10_240), (1280, 16 * 10_240), (128, 2048)])
+def test_a_model_of_405b_is_planned_over_thousands_of_ranks(nodes: int, batch: int) -> None:
+    """406 billion parameters on H100s of 80 GB in bf16, 4,096 tokens: sharded fully, with recompute."""
+    spec = spec_of(
+        cluster={"name": "h100-80", "nodes": nodes, "gpus_per_node": 8},
+        training={"seq_len": 4096, "global_batch_size": batch, "max_steps": 1},
+    )
+    plan = make_plan(spec, llama_405b(), load_cluster("h100-80"))
+    assert plan.num_params == pytest.approx(405.85e9, rel=1e-4)
+    assert plan.chosen.strategy in ("fsdp", "zero3")
+    assert plan.chosen.precision == "bf16"
+    assert plan.chosen.memory.total_bytes < 78.1 * GIB
+
+
+def test_a_model_of_405b_does_not_fit_in_8_ranks() -> None:
+    """16 bytes a parameter over 8 ranks are 756 GiB each: the message says what is missing and what would help."""
+    spec = spec_of(
+        cluster={"name": "h100-80", "gpus_per_node": 8},
+        training={"seq_len": 8192, "global_batch_size": 8, "max_steps": 1},
+    )
+    with pytest.raises(UserError, match=r"give more ranks \(cluster.nodes") as caught:
+        make_plan(spec, llama_405b(), load_cluster("h100-80"))
+    assert "TiB needed" in str(caught.value) or "GiB needed" in str(caught.value)
+
+
+def test_the_json_holds_everything() -> None:
+    """What `--json` prints: the decision, the account, and every layout once."""
+    plan = plan_in(12_599)
+    raw = plan.to_json()
+    assert raw["plan"] == {**plan.decision(), "engine": "torch", "digest": plan.digest(), "reason": plan.reason}
+    assert raw["memory"]["total_bytes"] == sum(item["num_bytes"] for item in raw["memory"]["items"])
+    assert len(raw["alternatives"]) == len(plan.alternatives)
+    assert all(lost["reason"] and lost["memory_bytes"] > 12_599 for lost in raw["rejected"])
