@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import typer
 from launcher.errors import ABSENT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_OURS, EXIT_USER, FleetuneError, UserError
 
 if TYPE_CHECKING:
+    from launcher.emit import Via as Starter
     from launcher.job import JobSpec
     from launcher.plan import Plan
 
@@ -37,10 +37,12 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 class Via(str, Enum):
     auto = "auto"
     local = "local"
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
     slurm = "slurm"
 
 
-ViaOption = Annotated[Via, typer.Option(help="Who starts the ranks; auto: this machine.")]
+ViaOption = Annotated[Via, typer.Option(help="Who starts the ranks; auto and local: torchrun on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
@@ -125,20 +127,21 @@ def launch(
     if via is Via.slurm:
         _launch_by_slurm(spec, _batch_script(spec, made, spec_path, overrides), dry_run)
     else:
-        _launch_here(spec, made, spec_path, overrides, dry_run)
+        _launch_here(spec, made, spec_path, overrides, via, dry_run)
 
 
-def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str], dry_run: bool) -> None:
+def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str], via: Via, dry_run: bool) -> None:
     import os
 
     from launcher.emit import launch_command
     from launcher.plan.explain import explain
-    from launcher.spawn import run_until_done
+    from launcher.spawn import free_port, run_until_done
 
     if made.nodes > 1:
         way_out = "launch with --via slurm, or set cluster.nodes to 1"
         raise UserError("cluster.nodes", made.nodes, "is more than this machine, which launch starts", way_out)
-    command = launch_command(made, str(spec_path), tuple(overrides), os.cpu_count() or 1, _free_port())
+    starter: Starter = "deepspeed" if via is Via.deepspeed else "torchrun"
+    command = launch_command(made, str(spec_path), tuple(overrides), os.cpu_count() or 1, free_port(), starter)
     if dry_run:
         typer.echo(explain(made))
         for name, text in _emitted(spec, made).items():
@@ -262,13 +265,6 @@ def _progress() -> Iterator[Callable[[str, int], None]]:
     console = Console(stderr=True)
     with console.status("starting") as status:
         yield lambda stage, number: status.update(f"{stage}: {number:,}")
-
-
-def _free_port() -> int:
-    """A port that nothing on this machine listens on; two jobs started at once get two."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _outcome(output_dir: Path, started: float, code: int) -> int:

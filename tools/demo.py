@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,13 @@ from rich.console import Console
 
 from launcher.data.prepare import prepare
 from launcher.data.prepared import PreparedData, open_prepared
-from launcher.emit import launch_command
+from launcher.emit import Via, launch_command
 from launcher.errors import ABSENT, FleetuneError, UserError
 from launcher.job import JobSpec, load_cluster, load_spec
 from launcher.job.resources import resource_dir
 from launcher.plan import Plan, make_plan
 from launcher.plan.explain import explain
-from launcher.spawn import run_until_done
+from launcher.spawn import free_port, run_until_done
 from launcher.task import Task, task_of
 from tools.convert import convert
 from tools.corpus import write_corpus
@@ -170,22 +169,17 @@ def _score(folder: Path, task: Task, data: PreparedData) -> Scores:
 
 
 def _train(spec: JobSpec, plan: Plan, path: Path, overrides: Sequence[str], typed: str, console: Console) -> None:
-    """In processes of their own; `launch_command` is what `fleetune launch` starts."""
-    command = launch_command(plan, str(path), tuple(overrides), os.cpu_count() or 1, _free_port())
+    """In processes of their own: ZeRO by DeepSpeed's launcher, as its users would, FSDP by what `fleetune launch` starts."""
+    via: Via = "deepspeed" if plan.engine == "deepspeed" else "torchrun"
+    command = launch_command(plan, str(path), tuple(overrides), os.cpu_count() or 1, free_port(), via)
     shown = f"fleetune launch {typed}"
-    if plan.engine == "deepspeed":
+    if via == "deepspeed":
         shown = f"deepspeed --num_gpus {plan.num_ranks} launcher/run.py --spec {typed}"
     console.print(f"$ {shown}", style="bold", markup=False, soft_wrap=True)
-    console.print("  starting the ranks: half a minute, longer where DeepSpeed builds its CPU op first")
+    console.print("  starting the ranks: half a minute")
     code = run_until_done(command.argv, command.environment)
     if code != 0:
         raise FleetuneError(f"`{shown}` ended with exit code {code}; see {spec.output_dir}/logs")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _convert(lesson: Lesson, spec: JobSpec, console: Console) -> None:

@@ -87,7 +87,7 @@ def _config_from_dict(raw: dict[str, Any], vocab_size: int | None, overrides: di
             raise ModelError("model.from_config.model_type", model_type, rule, way_out)
         raw.setdefault("vocab_size", vocab_size)
     try:
-        return AutoConfig.for_model(model_type, **raw, **overrides)
+        return AutoConfig.for_model(model_type, **{**raw, **overrides})
     except Exception as error:  # noqa: BLE001 - each architecture checks its values with exceptions of its own
         raise ModelError(
             "model.from_config", ABSENT, f"is refused by {model_type} ({in_short(error)})", "mend it"

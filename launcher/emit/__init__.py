@@ -1,6 +1,6 @@
 """WHAT OTHERS READ: Plan -> DeepSpeed JSON, FSDP settings, argv, sbatch text. Pure: nothing is written or started here."""
 
-from launcher.emit.argv import Launch, launch_command
+from launcher.emit.argv import Launch, Via, launch_command
 from launcher.emit.deepspeed_json import deepspeed_config, load_preset
 from launcher.emit.fsdp import fsdp_settings
 from launcher.emit.slurm import BatchJob, render_sbatch
@@ -8,6 +8,7 @@ from launcher.emit.slurm import BatchJob, render_sbatch
 __all__ = [
     "BatchJob",
     "Launch",
+    "Via",
     "deepspeed_config",
     "fsdp_settings",
     "launch_command",

@@ -9,9 +9,11 @@ import pytest
 from tests.support import REPO
 
 INDENT = 2
-# Folders whose direct children are all named: files (but __init__.py) and the folders that hold Python.
+# Folders whose direct children are all named: files and the folders that hold Python.
 OPENED = ("launcher", "tools")
 FIRST_LINE = "fleetune/"
+# Markers for tools, which tell a reader nothing of the project.
+MARKERS = {"__init__.py", "py.typed", ".gitignore"}
 
 
 def tracked() -> set[str]:
@@ -50,10 +52,10 @@ def entries(lines: list[str]) -> dict[str, str]:
 def expected(files: set[str]) -> set[str]:
     """What must be named: every top-level entry, and what lies directly in the opened folders. Folders end in `/`."""
     names = set()
-    for file in files:
+    for file in sorted(file for file in files if file.rsplit("/", 1)[-1] not in MARKERS):
         top, *rest = file.split("/")
         names.add(f"{top}/" if rest else top)
-        if top in OPENED and rest and rest[-1] != "__init__.py":
+        if top in OPENED and rest:
             names.add(f"{top}/{rest[0]}/" if len(rest) > 1 else file)
     return names
 

@@ -29,11 +29,13 @@ def spec_file(folder: Path, corpus: Path, strategy: str, **overrides: Any) -> Pa
     return path
 
 
-def interrupt(path: Path, log: Path, number: signal.Signals) -> int:
+def interrupt(path: Path, log: Path, via: str, number: signal.Signals) -> int:
     """Launch, wait for the fifth step, signal the launcher, and return its exit code."""
     run = path.parent / "run"
     with log.open("wb") as output:
-        child = subprocess.Popen([*FLEETUNE, "launch", str(path)], stdout=output, stderr=output, env=rank_environment())
+        child = subprocess.Popen(
+            [*FLEETUNE, "launch", str(path), "--via", via], stdout=output, stderr=output, env=rank_environment()
+        )
         try:
             end = time.monotonic() + 180
             while not (run / "metrics.jsonl").is_file() or len(records(run)) < 5:
@@ -46,11 +48,11 @@ def interrupt(path: Path, log: Path, number: signal.Signals) -> int:
             kill_tree(child)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
-def test_told_to_stop_saves_and_leaves_with_75(strategy: str, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "via"), [("fsdp", "torchrun"), ("zero2", "deepspeed")])
+def test_told_to_stop_saves_and_leaves_with_75(strategy: str, via: str, corpus: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher: all ranks save at a step's end, exit code 75; the same command goes on from there."""
     path, log = spec_file(tmp_path, corpus, strategy), tmp_path / "log"
-    assert interrupt(path, log, signal.SIGTERM) == 75, log.read_text()[-3000:]
+    assert interrupt(path, log, via, signal.SIGTERM) == 75, log.read_text()[-3000:]
     run = path.parent / "run"
     stopped_after = records(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped_after:08d}" / "manifest.json").is_file()
