@@ -5,6 +5,7 @@ A cost depends on the model's config, the task and the versions of torch and tra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,16 +20,18 @@ from launcher.job.resources import cache_dir
 from launcher.job.spec import JobSpec
 from launcher.spawn import run_python
 
-_FORMAT = 1  # raised when ModelCost or the way it is measured changes
+_FORMAT = 2  # raised when ModelCost or the way it is measured changes
 
 
 def cached_cost(spec: JobSpec) -> ModelCost:
     """Cost of the model; the first call for a model takes some seconds, the next a millisecond."""
     path = cache_path(spec)
-    if path.is_file():
+    try:
         return ModelCost.from_json(json.loads(path.read_text()))
-    cost = _measure_elsewhere(spec)
-    _write_whole(path, json.dumps(cost.to_json(), indent=1))
+    except (OSError, ValueError):  # not there yet, or cut short by a full disk
+        cost = _measure_elsewhere(spec)
+    with contextlib.suppress(OSError):  # a home that is read-only costs some seconds each time, not the run
+        _write_whole(path, json.dumps(cost.to_json(), indent=1))
     return cost
 
 

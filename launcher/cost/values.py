@@ -8,13 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LinearInBatch:
-    """Bytes as a function of micro-batch B and sequence length T: `B * (per_token * T + per_token_squared * T**2)`."""
+    """Bytes as a function of micro-batch B and sequence length T: `B (a T + b T^2) + c T + d T^2`."""
 
     per_token: float
+    """a"""
     per_token_squared: float
+    """b"""
+    fixed_per_token: float = 0.0
+    """c: what does not grow with the batch, such as tables of positions."""
+    fixed_per_token_squared: float = 0.0
+    """d: masks, say."""
 
     def at(self, micro_batch_size: int, seq_len: int) -> int:
-        return round(micro_batch_size * seq_len * (self.per_token + self.per_token_squared * seq_len))
+        per_sample = seq_len * (self.per_token + self.per_token_squared * seq_len)
+        fixed = seq_len * (self.fixed_per_token + self.fixed_per_token_squared * seq_len)
+        return max(0, round(micro_batch_size * per_sample + fixed))
 
 
 @dataclass(frozen=True)
