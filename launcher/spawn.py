@@ -10,10 +10,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_ROOT = Path(__file__).resolve().parents[1]
+
 
 def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `python -m module` with this interpreter and collect its output as text."""
-    return subprocess.run([sys.executable, "-m", module], input=stdin, capture_output=True, text=True, check=False)
+    """Run `python -m module` with this interpreter and collect its output as text.
+
+    The module is found beside this one: `deepspeed launcher/run.py` works in a checkout that was never installed.
+    """
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    argv = [sys.executable, "-m", module]
+    return subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False, env=environment)
 
 
 def run_until_done(argv: Sequence[str], environment: Mapping[str, str]) -> int:
