@@ -88,7 +88,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise SpecError(f"--set {dotted}", text, "is not a YAML value", "quote it: --set 'key=\"text\"'") from None
+        raise SpecError(
+            f"--set {_shown_key(dotted)}", text, "is not a YAML value", "quote it: --set 'key=\"text\"'"
+        ) from None
     node = raw
     for depth, key in enumerate(keys[:-1]):
         child = node.get(key)
@@ -96,7 +98,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             child = _spread_shorthand(key, child)
         if not isinstance(child, dict | None):
             raise SpecError(
-                f"--set {dotted}", child, f"is the value of `{key}`, which has no keys", "set the whole value"
+                f"--set {_shown_key(dotted)}",
+                child,
+                f"is the value of `{key}`, which has no keys",
+                "set the whole value",
             )
         node[key] = child = {} if child is None else child
         node = child
