@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import time
-import traceback
 
 from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_OURS, FleetuneError, Preempted, UserError
 from launcher.job import JobSpec, load_cluster, load_spec
@@ -35,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         return _leave(spec, error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # the entry point: whatever it is, it is ours, and is written down
+        logging.getLogger("fleetune").exception("rank failed")
+        return _leave(spec, error)
     return _leave(spec, None)
 
 
@@ -52,11 +54,12 @@ def _train(spec: JobSpec) -> None:
     from launcher.train.loop import train
     from launcher.train.preempt import StopFlag
     from launcher.train.report import open_rank_log
-    from launcher.train.world import World, rank_device, start_process_group
+    from launcher.train.world import World, rank_device, start_process_group, tell_libraries
 
     stop = StopFlag()
     stop.install()
     world = World.detect(os.environ)
+    tell_libraries(world, os.environ)
     open_rank_log(Path(spec.output_dir), world.rank)
     spec = _for_this_world(spec, world.nodes, world.ranks_per_node)
     device = rank_device(world, load_cluster(spec.cluster.name).gpu.kind)
@@ -95,19 +98,21 @@ def _agreed_plan(spec: JobSpec):  # type: ignore[no-untyped-def]  # Plan, import
     return decide_on_first(decide)
 
 
-def _leave(spec: JobSpec | None, error: FleetuneError | None) -> int:
+def _leave(spec: JobSpec | None, error: Exception | None) -> int:
     """Say what happened on rank 0, and write it where `fleetune launch` finds it behind any launcher's own code."""
-    code = EXIT_DONE if error is None else error.exit_code
+    code = EXIT_DONE if error is None else getattr(error, "exit_code", EXIT_OURS)
     if os.environ.get("RANK", "0") != "0":
         return code
     if error is not None:
-        if code == EXIT_OURS:
-            traceback.print_exc()
-        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {_words(error)}", file=sys.stderr)  # noqa: T201
     if spec is not None:
-        outcome = {"exit_code": code, "message": str(error or "done"), "time": time.time()}
+        outcome = {"exit_code": code, "message": _words(error) if error else "done", "time": time.time()}
         (Path(spec.output_dir) / "outcome.json").write_text(json.dumps(outcome))
     return code
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, FleetuneError) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

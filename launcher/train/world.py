@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,13 @@ def _number(env: Mapping[str, str], launcher: str, name: str) -> int:
             name, found, f"is not a number, though {launcher} started this rank", "start it with fleetune launch"
         )
     return int(first)
+
+
+def tell_libraries(world: World, env: MutableMapping[str, str]) -> None:
+    """Set torch's names for the rank facts where the launcher did not: DeepSpeed and others read them anywhere."""
+    names = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.num_ranks}
+    for name, value in {**names, "LOCAL_WORLD_SIZE": world.ranks_per_node}.items():
+        env.setdefault(name, str(value))
 
 
 def start_process_group(world: World, device: torch.device) -> None:

@@ -87,3 +87,12 @@ def test_a_users_mistake_found_by_the_ranks_is_exit_code_2(corpus: Path, tmp_pat
     assert log.read_text().count("error: ") == 1, log.read_text()
     assert "fleetune prepare" in log.read_text()
     assert json.loads((path.parent / "run" / "outcome.json").read_text())["exit_code"] == 2
+
+
+def test_plain_python_is_one_rank_of_any_engine(corpus: Path, tmp_path: Path) -> None:
+    """`python launcher/run.py` with no launcher at all, from another folder: ZeRO on one rank, told so, same batch."""
+    path, log = spec_file(tmp_path, corpus, "zero2"), tmp_path / "log"
+    command = [sys.executable, str(REPO / "launcher" / "run.py"), "--spec", str(path), "--set", "training.max_steps=2"]
+    assert run_ranks(command, log) == 0, log.read_text()[-3000:]
+    assert "the launcher started 1 x 1" in log.read_text()
+    assert [record["samples"] for record in records(path.parent / "run")] == [8, 16]
