@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,13 @@ class Run:
         return Path(self.spec.output_dir) / "checkpoints"
 
 
+class Position(NamedTuple):
+    """Where the run stands. The samples are counted, not derived: the batch may change from one start to the next."""
+
+    step: int
+    samples: int
+
+
 @dataclass
 class Window:
     """Sums since the last record."""
@@ -82,12 +89,12 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
     saved = decide_on_first(lambda: _resume_point(spec, plan))
     data = decide_on_first(lambda: open_prepared(spec))
     run = _set_up(spec, plan, world, device, data, stop)
-    first_step = _restore(run, saved) if saved else 0
-    with Reporter(Path(spec.output_dir), world.is_first, first_step, run.num_steps) as report:
+    start = _restore(run, saved) if saved else Position(step=0, samples=0)
+    with Reporter(Path(spec.output_dir), world.is_first, start.step, run.num_steps) as report:
         LOG.info(_opening(run, saved))
         report.say(_opening(run, saved))
         try:
-            return _steps(run, first_step, report)
+            return _steps(run, start, report)
         finally:
             run.engine.close()
 
@@ -132,12 +139,12 @@ def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
     AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
 
 
-def _restore(run: Run, saved: Saved) -> int:
+def _restore(run: Run, saved: Saved) -> Position:
     verify_checksums(saved)
-    Cursor.from_json(saved.manifest.cursor, run.data.fingerprint)
+    cursor = Cursor.from_json(saved.manifest.cursor, run.data.fingerprint)
     run.engine.load(saved.folder)
     load_rng(saved)
-    return saved.manifest.step
+    return Position(saved.manifest.step, cursor.position)
 
 
 def _opening(run: Run, saved: Saved | None) -> str:
@@ -149,7 +156,7 @@ def _opening(run: Run, saved: Saved | None) -> str:
     )
 
 
-def _steps(run: Run, first_step: int, report: Reporter) -> dict[str, float]:
+def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
     spec, size = run.spec, run.spec.training.global_batch_size
     stream = BatchStream(
         run.data.split("train"),
@@ -165,24 +172,24 @@ def _steps(run: Run, first_step: int, report: Reporter) -> dict[str, float]:
 
     window = Window.new(run.device)
     scores: dict[str, float] = {}
-    step = first_step
-    with Prefetcher(make, first_step * size, size, run.num_steps * size) as steps:
+    step, position = start.step, start.samples
+    with Prefetcher(make, position, size, position + (run.num_steps - step) * size) as steps:
         waiting_since = time.perf_counter()
         for batches in steps:
             window.data_wait_seconds += time.perf_counter() - waiting_since
             lr = learning_rate(spec.training, step, run.num_steps)
             norm, stop = _step(run, batches, lr, window)
-            step += 1
+            step, position = step + 1, position + size
             report.advance(step)
             last = step == run.num_steps
             if step % spec.tracking.log_every_steps == 0 or last:
-                _record(run, report, window, step, lr, norm)
+                _record(run, report, window, Position(step, position), lr, norm)
                 window = Window.new(run.device)
             if _due(step, spec.evaluation.every_steps) or last:
                 scores = evaluate(run, None if last else spec.evaluation.max_samples)
                 report.record("evaluation", {"step": step, **scores})
             if _due(step, spec.checkpoint.every_steps) or last or stop:
-                _save(run, step)
+                _save(run, Position(step, position))
             if stop and not last:
                 raise Preempted(f"told to stop: saved after step {step}; start the same command again to go on")
             waiting_since = time.perf_counter()
@@ -223,18 +230,18 @@ def _sum_over_ranks(run: Run, values: list[int]) -> list[float]:
     return sums.tolist()
 
 
-def _record(run: Run, report: Reporter, window: Window, step: int, lr: float, norm: float) -> None:
+def _record(run: Run, report: Reporter, window: Window, at: Position, lr: float, norm: float) -> None:
     dist.all_reduce(window.loss)
     seconds = time.perf_counter() - window.started
     report.record(
         "train",
         {
-            "step": step,
+            "step": at.step,
             "loss": window.loss.item() / max(1.0, window.targets),
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_second": window.tokens / seconds,
-            "samples": step * run.spec.training.global_batch_size,
+            "samples": at.samples,
             "seconds": seconds,
             "data_wait_seconds": window.data_wait_seconds,
         },
@@ -259,15 +266,15 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     return metrics.result()
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, at: Position) -> None:
     spec = run.spec
     manifest = Manifest(
         version=VERSION,
-        step=step,
+        step=at.step,
         strategy=run.plan.chosen.strategy,
         engine=run.plan.engine,
         num_ranks=run.world.num_ranks,
-        cursor=Cursor(step * spec.training.global_batch_size, run.data.fingerprint).to_json(),
+        cursor=Cursor(at.samples, run.data.fingerprint).to_json(),
         plan_digest=run.plan.digest(),
         spec=json.loads(spec.model_dump_json()),
         versions=library_versions(),

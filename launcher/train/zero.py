@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.emit.deepspeed_json import deepspeed_config, load_preset
+from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task
@@ -68,7 +69,10 @@ class ZeroEngine:
         self._engine.save_checkpoint(str(folder / self.folder_name), tag=TAG)
 
     def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder / self.folder_name), tag=TAG)
+        path = folder / self.folder_name
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG)
+        if loaded is None:  # DeepSpeed warns and would go on with fresh weights
+            raise CheckpointError(str(path), ABSENT, "was not loaded by DeepSpeed", "see the log of this rank")
 
     def close(self) -> None:
         self._engine.destroy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,13 @@ def test_cut_checkpoint_is_passed_over(corpus: Path, tmp_path: Path) -> None:
     run_ranks(command, log)
     assert '"exit_code": 2' in (run / "outcome.json").read_text()
     assert "is incomplete: it has no manifest.json" in log.read_text()
+
+
+def test_another_batch_size_goes_on_where_the_data_stood(corpus: Path, tmp_path: Path) -> None:
+    """Resumed with twice the batch: the samples go on from the last one trained, none again and none left out."""
+    path, log = spec_file(tmp_path / "batch", corpus, "ddp"), tmp_path / "log"
+    one = ["--set", "cluster.gpus_per_node=1", "--set", "parallel.micro_batch_size=8"]
+    command = [sys.executable, RUN, "--spec", path, *one]
+    assert run_ranks([*map(str, command), "--set", "training.max_steps=3"], log) == 0, log.read_text()[-3000:]
+    assert run_ranks([*map(str, command), "--set", "training.global_batch_size=16"], log) == 0, log.read_text()[-3000:]
+    assert [record["samples"] for record in records(path.parent / "run")] == [8, 16, 24, 40, 56, 72]
