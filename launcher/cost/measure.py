@@ -3,7 +3,8 @@
 Run as `python -m launcher.cost.measure SPEC`; prints the JSON of a `ModelCost`. Method: forward under
 `torch.autograd.graph.saved_tensors_hooks` at four (micro-batch, length) points, bytes of the distinct storages that
 autograd keeps, fitted by `B (a T + b T^2) + c T + d T^2`. The attention mask is taken as if rows were padded: where
-none is, some models drop it and keep less. On fake CPU tensors SDPA takes the
+none is, some models drop it and keep less. FLOPs are counted on the same runs (torch.utils.flop_counter: 2 m n k per
+product; attention in full, whatever is masked). On fake CPU tensors SDPA takes the
 fused kernel, which keeps its output and one number per row, as the CUDA kernels do; with attention dropout it takes
 the unfused one, so there the figure is that of a CPU run and above that of a GPU.
 """
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from launcher.cost.architecture import blocks_of, head_class, in_short, model_config
-from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
+from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes
 from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
@@ -41,8 +43,8 @@ def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
     for precision, dtype in DTYPES.items():
         with FakeTensorMode(), no_init_weights():
             model = _build(task, config, dtype)
-            saved[precision] = _fit_or_refuse(model)
-    return _counts(spec, config, model, saved)
+            saved[precision], flops = _fit_or_refuse(model)
+    return _counts(spec, config, model, saved, flops)
 
 
 def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
@@ -56,7 +58,7 @@ def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _fit_or_refuse(model: Any) -> SavedBytes:
+def _fit_or_refuse(model: Any) -> tuple[SavedBytes, Flops]:
     """Some modules cannot run without data (routing by value, kernels of one dtype): say so rather than guess."""
     try:
         return _fit(model)
@@ -67,7 +69,7 @@ def _fit_or_refuse(model: Any) -> SavedBytes:
         ) from None
 
 
-def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes]) -> ModelCost:
+def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes], flops: Flops) -> ModelCost:
     blocks = blocks_of(model)
     block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     num_params = sum(p.numel() for p in model.parameters())
@@ -83,6 +85,7 @@ def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes]
         logits_per_token=per_token,
         max_positions=_max_positions(config),
         saved=saved,
+        flops=flops,
     )
 
 
@@ -94,7 +97,7 @@ def _max_positions(config: Any) -> int | None:
     return positions
 
 
-def _fit(model: Any) -> SavedBytes:
+def _fit(model: Any) -> tuple[SavedBytes, Flops]:
     """Exact in the length; exact in the batch at 1 and at WIDE, and above the truth by at most a few per cent between.
 
     Not a straight line: a batch of one keeps views, of the fused query, key and value say, where others keep copies.
@@ -107,7 +110,18 @@ def _fit(model: Any) -> SavedBytes:
         per_sample = {length: (many[length][part] - one[length][part]) / (WIDE - 1) for length in lengths}
         fixed = {length: one[length][part] - per_sample[length] for length in lengths}
         fits[part] = LinearInBatch(*_through_origin(per_sample), *_through_origin(fixed))
-    return SavedBytes(**fits)
+    return SavedBytes(**fits), _flops(many)
+
+
+def _flops(many: dict[int, dict[str, int]]) -> Flops:
+    """What grows with the square of the length is attention; a pooler, once per sample, counts at the longest trace."""
+    fits = {}
+    for part in ("block_flops", "outside_flops"):
+        per_sample = {length: counted[part] / WIDE for length, counted in many.items()}
+        per_token, squared = _through_origin(per_sample)
+        fits[part] = (per_token, squared) if squared > 0 else (per_sample[max(many)] / max(many), 0.0)
+    (blocks, in_blocks), (outside, elsewhere) = fits["block_flops"], fits["outside_flops"]
+    return Flops(blocks, outside, in_blocks + elsewhere)
 
 
 def _through_origin(values: dict[int, float]) -> tuple[float, float]:
@@ -121,15 +135,30 @@ def _through_origin(values: dict[int, float]) -> tuple[float, float]:
 
 
 def _trace(model: Any, micro_batch_size: int, seq_len: int) -> dict[str, int]:
-    """Bytes kept for backward by one forward pass, by part."""
+    """Bytes kept for backward by one forward pass, and its FLOPs, by part."""
     recorder = _Recorder(model)
     ids = torch.zeros(micro_batch_size, seq_len, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
-    with recorder.attached(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor):
+    with (
+        recorder.attached(),
+        torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
+        recorder.counter,
+    ):
         model(**inputs)
-    return recorder.num_bytes
+    in_blocks = recorder.block_flops
+    return {
+        **recorder.num_bytes,
+        "block_flops": in_blocks,
+        "outside_flops": recorder.counter.get_total_flops() - in_blocks,
+    }
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """From the shapes of batch, heads, length and width of a head. The counter knows every fused kernel but the CPU's."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
 
 
 class _Recorder:
@@ -141,6 +170,11 @@ class _Recorder:
         self.alive: list[torch.Tensor] = []  # a freed fake storage's address could be given out again
         self.part = "outside"
         self.num_bytes = {"blocks": 0, "outside": 0, "block_inputs": 0}
+        self.counter = FlopCounterMode(
+            display=False,
+            custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops},
+        )
+        self.block_flops = 0
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -154,9 +188,11 @@ class _Recorder:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.num_bytes["block_inputs"] += hidden.nbytes
         self.part = "blocks"
+        self.block_flops -= self.counter.get_total_flops()
 
     def _leave(self, *_: Any) -> None:
         self.part = "outside"
+        self.block_flops += self.counter.get_total_flops()
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -38,8 +38,20 @@ class SavedBytes:
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Multiplications and additions of one forward pass, per token; backward takes twice as many."""
+
+    blocks: float
+    """Matrix products in the blocks."""
+    outside: float
+    """Matrix products outside them: the head."""
+    attention: float
+    """Attention, per token and token of context, nothing masked: `4 L h` in a plain transformer."""
+
+
+@dataclass(frozen=True)
 class ModelCost:
-    """Exact counts, and bytes traced from the real modules."""
+    """Exact counts, and bytes and FLOPs traced from the real modules."""
 
     architecture: str
     """Class that was measured, `GPT2LMHeadModel` say."""
@@ -58,6 +70,15 @@ class ModelCost:
     """Longest sequence that the model has positions for; None when it has no such bound."""
     saved: dict[str, SavedBytes]
     """By precision, `fp32` and `bf16`."""
+    flops: Flops
+    """The same in every precision."""
+    loss_bytes_per_logit: int | None = None
+    """What the loss holds of each logit, where the model brings a loss of its own; None: the plain loss of `launcher.task`."""
+
+    @property
+    def width(self) -> float:
+        """Numbers per token between two blocks; 0 for a model without blocks."""
+        return self.saved["bf16"].block_inputs.per_token / (2 * self.num_blocks) if self.num_blocks else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,4 +89,4 @@ class ModelCost:
             precision: SavedBytes(**{part: LinearInBatch(**coefficients) for part, coefficients in parts.items()})
             for precision, parts in raw["saved"].items()
         }
-        return cls(**{**raw, "saved": saved})
+        return cls(**{**raw, "saved": saved, "flops": Flops(**raw["flops"])})

@@ -14,6 +14,8 @@ from launcher.job.resources import resource_dir
 from launcher.job.spec import FROM_YAML, Bool, Positive, PositiveInt, Section, Text
 from launcher.units import GIB
 
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), FROM_YAML]
+
 
 class Gpu(Section):
     """One accelerator, or on a CPU cluster the share of a machine that one rank gets."""
@@ -28,6 +30,26 @@ class Gpu(Section):
     """Memory that the driver, the kernels' images and the communicators hold outside the allocator, in GiB."""
     bf16: Bool
     """Whether bf16 products run at full speed in hardware."""
+    peak_bf16_tflops: Positive
+    """Data sheet: dense products in bf16, in 1e12 operations per second; where bf16 is emulated, what that reaches."""
+    peak_fp32_tflops: Positive
+    """Data sheet: products in fp32 as torch runs them unless told otherwise, TF32 off, in 1e12 per second."""
+    memory_gb_per_s: Positive
+    """Data sheet: bandwidth of its memory, in 1e9 bytes per second."""
+    matmul_share: Share
+    """Achievable: share of the peak that a matrix product of great width reaches."""
+    matmul_half_width: Annotated[float, Field(ge=0, lt=100_000, allow_inf_nan=False), FROM_YAML]
+    """Achievable: width of a model whose products reach half of `matmul_share`; products of width w reach w / (w + this)."""
+    attention_share: Share
+    """Achievable: share of the peak that the fused attention kernel reaches, on the half that is not masked."""
+    memory_share: Share
+    """Achievable: share of the bandwidth that elementwise kernels reach."""
+    overlap_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), FROM_YAML]
+    """Achievable: share of the collectives' time that hides behind arithmetic, when there is enough of it."""
+    launch_us: Annotated[float, Field(ge=0, lt=1000, allow_inf_nan=False), FROM_YAML]
+    """Achievable: time in which the host starts one kernel, in microseconds."""
+    fp8_speedup: Annotated[float, Field(ge=1, lt=10, allow_inf_nan=False), FROM_YAML] | None = None
+    """Achievable: how much faster than in bf16 the blocks' products are in fp8, casts counted; none without fp8 units."""
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Gpu:
@@ -45,6 +67,10 @@ class Link(Section):
     """Bandwidth between two ranks of a node, one direction, in 1e9 bytes per second."""
     inter_node_gb_per_s: Positive
     """Bandwidth of a node's network per rank, one direction, in 1e9 bytes per second."""
+    link_share: Share
+    """Achievable: share of those bandwidths that large collectives reach."""
+    latency_us: Annotated[float, Field(ge=0, lt=100_000, allow_inf_nan=False), FROM_YAML]
+    """Achievable: time that a collective takes however small it is, in microseconds."""
 
 
 OneLine = Annotated[Text, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -77,6 +103,9 @@ class SlurmSite(Section):
     """Shell lines of the site's own, run on the first node before the ranks start: `module load cuda`."""
 
 
+_NAMES = {("gpu", "name"), ("gpu", "kind")}  # the rest are figures
+
+
 class Cluster(Section):
     """Facts of a homogeneous cluster. `sources` names where every figure of `gpu` and `link` comes from."""
 
@@ -91,8 +120,11 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Cluster:
-        figures = {f"gpu.{key}" for key in ("memory_gib", "context_gib", "bf16")} | {
-            f"link.{key}" for key in Link.model_fields
+        figures = {
+            f"{section}.{key}"
+            for section, facts in (("gpu", self.gpu), ("link", self.link))
+            for key in type(facts).model_fields
+            if (section, key) not in _NAMES and getattr(facts, key) is not None
         }
         missing = sorted(figures - set(self.sources))
         if missing:

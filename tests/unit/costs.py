@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher.cost import cache
-from launcher.cost.values import LinearInBatch, ModelCost, SavedBytes
+from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes
 from launcher.job import Cluster, JobSpec, parse_spec
 from launcher.units import GIB
 
@@ -33,6 +33,7 @@ def small_cost(**changes: Any) -> ModelCost:
         "logits_per_token": True,
         "max_positions": 4096,
         "saved": {"fp32": saved, "bf16": halved},
+        "flops": Flops(1600, 100, 32),
     }
     return ModelCost(**{**values, **changes})
 
@@ -64,18 +65,40 @@ def llama_405b() -> ModelCost:
         logits_width=vocabulary,
         max_positions=131072,
         saved=saved,
+        flops=Flops(2 * blocks * block, 2 * width * vocabulary, 4 * blocks * width),
     )
 
 
-def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda") -> Cluster:
-    """Machines whose ranks may use this many bytes, with nothing taken off."""
-    figures = ("gpu.memory_gib", "gpu.context_gib", "gpu.bf16", "link.intra_node_gb_per_s", "link.inter_node_gb_per_s")
-    raw = {
+SPEED = {
+    "gpu": {
+        "peak_bf16_tflops": 2,
+        "peak_fp32_tflops": 1,
+        "memory_gb_per_s": 1000,
+        "matmul_share": 0.5,
+        "matmul_half_width": 0,
+        "attention_share": 0.25,
+        "memory_share": 0.5,
+        "overlap_share": 0.5,
+        "launch_us": 5,
+    },
+    "link": {"link_share": 0.5, "latency_us": 0},
+}
+"""Rates that can be worked with in the head."""
+
+
+def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda", **changes: Any) -> Cluster:
+    """Machines whose ranks may use this many bytes, with nothing taken off; `changes` as in `gpu__launch_us`."""
+    facts: dict[str, dict[str, Any]] = {
         "gpu": {"name": "Some", "kind": kind, "memory_gib": memory_bytes / GIB, "context_gib": 0, "bf16": bf16},
         "link": {"intra_node_gb_per_s": 1, "inter_node_gb_per_s": 1},
-        "sources": dict.fromkeys(figures, "this test"),
     }
-    return Cluster.model_validate(raw)
+    for section, speeds in SPEED.items():
+        facts[section] |= speeds
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        facts[section][key] = value
+    figures = [f"{section}.{key}" for section, keys in facts.items() for key in keys]
+    return Cluster.model_validate({**facts, "sources": dict.fromkeys(figures, "this test")})
 
 
 def spec_of(**changes: Any) -> JobSpec:
