@@ -35,6 +35,15 @@ def show_count(count: float) -> str:
     return f"{_three_digits(size / 1000)} T"
 
 
+def show_time(seconds: float) -> str:
+    """`0.0042 -> '4.20 ms'`, `75 -> '75.0 s'`, `7200 -> '2.00 h'`; three significant digits."""
+    if seconds >= 3600:
+        return f"{_three_digits(seconds / 3600)} h"
+    if seconds >= 1:
+        return f"{_three_digits(seconds)} s"
+    return f"{_three_digits(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{_three_digits(seconds * 1e6)} us"
+
+
 def show_seconds(seconds: float) -> str:
     """`75 -> '1:15'`, `3725 -> '1:02:05'`."""
     minutes, second = divmod(round(seconds), 60)

@@ -1,19 +1,22 @@
-"""A plan in words, for a terminal: the choice, the memory as a bar, what lost and why."""
+"""A plan in words, for a terminal: the choice, memory and time as bars, what lost and why."""
 
 from __future__ import annotations
 
-from launcher.plan.values import Memory, Plan
-from launcher.units import show_bytes, show_count
+from launcher.plan.values import Memory, Plan, StepTime
+from launcher.units import show_bytes, show_count, show_time
 
 BAR_WIDTH = 28
 
 
 def explain(plan: Plan, most_rejected: int = 5) -> str:
     """Several lines of plain text."""
-    lines = [*_head(plan), "", *_memory(plan.chosen.memory), "", f"why: {plan.reason}"]
+    lines = [*_head(plan), "", *_memory(plan.chosen.memory), "", *_step_time(plan), "", f"why: {plan.reason}"]
     if plan.alternatives:
         lines += ["", "also fits:"]
-        lines += [f"  {c.label}: {show_bytes(c.memory.total_bytes)}" for c in plan.alternatives[:most_rejected]]
+        lines += [
+            f"  {c.label}: {show_time(c.step_time.seconds)} per step, {show_bytes(c.memory.total_bytes)}"
+            for c in plan.alternatives[:most_rejected]
+        ]
     if plan.rejected:
         lines += ["", "does not fit:"]
         lines += [f"  {lost.candidate.label}: {lost.reason}" for lost in plan.rejected[:most_rejected]]
@@ -38,10 +41,34 @@ def _head(plan: Plan) -> list[str]:
 def _memory(memory: Memory) -> list[str]:
     largest = max(item.num_bytes for item in memory.items)
     lines = ["memory per rank at the peak:"]
-    for item in memory.items:
-        bar = "█" * max(1, round(BAR_WIDTH * item.num_bytes / largest))
-        lines.append(f"  {item.name:<20} {show_bytes(item.num_bytes):>10}  {bar:<{BAR_WIDTH}}  {item.formula}")
+    lines += [
+        _line(item.name, show_bytes(item.num_bytes), item.num_bytes / largest, item.formula) for item in memory.items
+    ]
     share = memory.total_bytes / memory.usable_bytes if memory.usable_bytes > 0 else float("inf")
     total = f"{show_bytes(memory.total_bytes):>10}"
     lines.append(f"  {'total':<20} {total}  {share:.0%} of {show_bytes(memory.usable_bytes)} usable")
     return lines
+
+
+def _step_time(plan: Plan) -> list[str]:
+    time = plan.chosen.step_time
+    largest = max(item.seconds for item in time.items)
+    lines = ["time per optimiser step, predicted:"]
+    lines += [_line(item.name, show_time(item.seconds), item.seconds / largest, item.formula) for item in time.items]
+    lines.append(f"  {'total':<20} {show_time(time.seconds):>10}  {_speed(time)}")
+    if plan.job_seconds is not None:
+        lines.append(
+            f"  {'job':<20} {show_time(plan.job_seconds):>10}  for {plan.num_steps} step{'s' if plan.num_steps != 1 else ''}"
+        )
+    return lines
+
+
+def _speed(time: StepTime) -> str:
+    rates = (time.tokens_per_second, time.tokens_per_second_per_rank)
+    every, each = (show_count(float(f"{rate:.3g}")) for rate in rates)
+    return f"{every} tokens/s, {each} per rank, {time.mfu:.1%} MFU, mostly bound by {time.bound_by}"
+
+
+def _line(name: str, size: str, share: float, formula: str) -> str:
+    bar = "█" * max(1, round(BAR_WIDTH * share))
+    return f"  {name:<20} {size:>10}  {bar:<{BAR_WIDTH}}  {formula}"

@@ -29,9 +29,16 @@ def rank_memory(
     recompute: str,
     precision: str,
     usable_bytes: int,
+    state_bytes: int = FP32,
 ) -> Memory:
-    """Account of one rank at the peak of a step."""
-    state = _STATE[strategy](cost, num_ranks, precision)
+    """Account of one rank at the peak of a step.
+
+    state_bytes: of an element of fsdp's parameters, gradients and moments; ours are kept in fp32.
+    """
+    fsdp = strategy == "fsdp"
+    state = (
+        _fsdp(cost, num_ranks, precision, state_bytes) if fsdp else _ZERO_OR_DDP[strategy](cost, num_ranks, precision)
+    )
     items = [*state, *_activations(cost, micro_batch_size, seq_len, recompute, precision)]
     margin = round(sum(item.num_bytes for item in items) * FRAGMENTATION)
     items.append(Item("fragmentation", margin, f"{FRAGMENTATION:.0%} of the above, a margin"))
@@ -96,25 +103,24 @@ def _zero3(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
     return items
 
 
-def _fsdp(cost: ModelCost, num_ranks: int, precision: str) -> list[Item]:
-    element, part = ELEMENT_BYTES[precision], _ceil_div(cost.num_params, num_ranks)
+def _fsdp(cost: ModelCost, num_ranks: int, precision: str, state_bytes: int) -> list[Item]:
+    element, part, kept = ELEMENT_BYTES[precision], _ceil_div(cost.num_params, num_ranks), state_bytes
     gathered = cost.outside_num_params + 2 * cost.block_num_params
     unsharded = cost.outside_num_params + cost.block_num_params
     return [
-        Item("parameters", FP32 * part, "4 P / N"),
-        Item("gradients", FP32 * part, "4 P / N"),
-        Item("optimiser", 2 * FP32 * part, "8 P / N: two moments"),
+        Item("parameters", kept * part, f"{kept} P / N"),
+        Item("gradients", kept * part, f"{kept} P / N"),
+        Item("optimiser", 2 * kept * part, f"{2 * kept} P / N: two moments"),
         Item("gathered parameters", element * gathered, "p x (outside blocks + 2 blocks)"),
-        Item("gathered gradients", FP32 * unsharded, "4 x (outside blocks + 1 block), before they are reduced"),
+        Item("gathered gradients", kept * unsharded, f"{kept} x (outside blocks + 1 block), before they are reduced"),
     ]
 
 
-_STATE: dict[str, Callable[[ModelCost, int, str], list[Item]]] = {
+_ZERO_OR_DDP: dict[str, Callable[[ModelCost, int, str], list[Item]]] = {
     "ddp": _ddp,
     "zero1": _zero1,
     "zero2": _zero2,
     "zero3": _zero3,
-    "fsdp": _fsdp,
 }
 
 
@@ -127,28 +133,43 @@ def _activations(cost: ModelCost, micro_batch_size: int, seq_len: int, recompute
         kept = Item("activations", inputs + one, "inputs of the blocks + all of one block, traced at B, T")
     else:
         kept = Item("activations", blocks, "saved for backward in the blocks, traced at B, T")
-    targets = micro_batch_size * (seq_len if cost.logits_per_token else 1)
     return [
         kept,
         Item("activations outside", saved.outside.at(micro_batch_size, seq_len), "embeddings, last norm, head"),
-        _logits(targets * cost.logits_width, precision),
+        Item("logits and loss", loss_bytes(cost, micro_batch_size, seq_len, precision), _loss_formula(cost, precision)),
     ]
 
 
-def _logits(num_logits: int, precision: str) -> Item:
-    """The loss is taken in fp32: log-probabilities and their gradient, beside the logits as the model gives them."""
-    if precision == "bf16":
-        return Item(
-            "logits and loss", 16 * num_logits, "16 bytes x logits: bf16, fp32 copy, log-softmax, both gradients"
-        )
-    return Item("logits and loss", 12 * num_logits, "12 bytes x logits: fp32, log-softmax, gradient")
+LOSS_BYTES = {"fp32": 12, "bf16": 16}
+"""Per logit. The loss is taken in fp32: log-probabilities and their gradient, beside the logits as the model gives them."""
+_LOSS_PARTS = {"fp32": "fp32, log-softmax, gradient", "bf16": "bf16, fp32 copy, log-softmax, both gradients"}
 
 
-def communication_bytes(cost: ModelCost, strategy: str, num_ranks: int, accumulation_steps: int, precision: str) -> int:
+def loss_bytes(cost: ModelCost, micro_batch_size: int, seq_len: int, precision: str) -> int:
+    """Bytes of logits, loss and their gradients at the peak."""
+    targets = micro_batch_size * (seq_len if cost.logits_per_token else 1)
+    return targets * cost.logits_width * (cost.loss_bytes_per_logit or LOSS_BYTES[precision])
+
+
+def _loss_formula(cost: ModelCost, precision: str) -> str:
+    if cost.loss_bytes_per_logit:
+        return f"{cost.loss_bytes_per_logit} bytes x logits: the model's own loss"
+    return f"{LOSS_BYTES[precision]} bytes x logits: {_LOSS_PARTS[precision]}"
+
+
+def communication_bytes(
+    cost: ModelCost,
+    strategy: str,
+    num_ranks: int,
+    accumulation_steps: int,
+    precision: str,
+    reduce_bytes: int = FP32,
+) -> int:
     """Bytes that one rank sends per optimiser step; a ring all-gather or reduce-scatter sends (N-1)/N of the vector.
 
     ddp and zero1 reduce once per step; zero2, zero3 and fsdp reduce every micro-batch, which is what keeps their
-    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward.
+    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward. reduce_bytes: of
+    an element of fsdp's gradients; ours are reduced in fp32.
     """
     element = ELEMENT_BYTES[precision]
     vector = cost.num_params * (num_ranks - 1) // num_ranks
@@ -157,6 +178,6 @@ def communication_bytes(cost: ModelCost, strategy: str, num_ranks: int, accumula
         "zero1": 2 * element,
         "zero2": element * (accumulation_steps + 1),
         "zero3": 3 * element * accumulation_steps,
-        "fsdp": (2 * element + FP32) * accumulation_steps,
+        "fsdp": (2 * element + reduce_bytes) * accumulation_steps,
     }
     return vector * passes[strategy]

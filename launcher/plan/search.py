@@ -1,7 +1,8 @@
 """Every way to lay the job over the ranks, those that fit ranked, the best taken.
 
-Rank: no recompute before recompute (it costs a third of the arithmetic), then least communication, then fewest
-accumulation steps, then the order of STRATEGIES (least machinery first).
+Rank: the predicted time of a step. Predictions are no better than a few per cent, so all within `TIE` of the fastest
+count as equally fast, and among those: no recompute before recompute, then least communication, then fewest accumulation
+steps, then the order of STRATEGIES (least machinery first).
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ from launcher.errors import PlanError, SpecError
 from launcher.job.cluster import Cluster
 from launcher.job.spec import JobSpec
 from launcher.plan.memory import communication_bytes, rank_memory
+from launcher.plan.step_time import Layout, step_time
 from launcher.plan.values import ENGINE_OF, Candidate, Plan, Rejected
-from launcher.units import show_bytes
+from launcher.units import show_bytes, show_time
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")
+TIE = 0.03
+"""Share of the fastest step's time: the median error of the predictions on published runs (`tools.calibrate`)."""
 
 
 def make_plan(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Plan:
     """The best plan that fits. Raises `SpecError` for impossible arithmetic, `PlanError` when nothing fits."""
     _check_lengths(spec, cost)
     _check_batch(spec)
-    candidates = sorted(_candidates(spec, cost, cluster), key=_rank)
-    fitting = [candidate for candidate in candidates if candidate.memory.fits]
+    candidates = list(_candidates(spec, cost, cluster))
+    fitting = ranked([candidate for candidate in candidates if candidate.memory.fits])
     if not fitting:
         raise _nothing_fits(spec, candidates)
     chosen = fitting[0]
+    too_large = ranked([candidate for candidate in candidates if not candidate.memory.fits])
     return Plan(
         chosen=chosen,
         nodes=spec.cluster.nodes,
@@ -37,13 +42,22 @@ def make_plan(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Plan:
         global_batch_size=spec.training.global_batch_size,
         seq_len=spec.training.seq_len,
         num_params=cost.num_params,
-        reason=_reason(spec, chosen, candidates),
+        num_steps=spec.training.max_steps,
+        reason=_reason(spec, fitting, too_large),
         alternatives=tuple(fitting[1:]),
-        rejected=tuple(Rejected(lost, _shortfall(lost)) for lost in candidates if not lost.memory.fits),
+        rejected=tuple(Rejected(lost, _shortfall(lost)) for lost in too_large),
     )
 
 
-def _rank(candidate: Candidate) -> tuple[bool, int, int, int]:
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """Best first: those as fast as the fastest, simplest first, then the others by their time."""
+    limit = (1 + TIE) * min((candidate.step_time.seconds for candidate in candidates), default=0.0)
+    fast = [candidate for candidate in candidates if candidate.step_time.seconds <= limit]
+    slow = [candidate for candidate in candidates if candidate.step_time.seconds > limit]
+    return sorted(fast, key=_simplicity) + sorted(slow, key=lambda lost: (lost.step_time.seconds, _simplicity(lost)))
+
+
+def _simplicity(candidate: Candidate) -> tuple[bool, int, int, int]:
     return (
         candidate.recompute == "full",
         candidate.communication_bytes,
@@ -70,7 +84,18 @@ def _candidates(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Iterator[Ca
                     usable,
                 )
                 sent = communication_bytes(cost, strategy, spec.num_ranks, accumulation, precision)
-                yield Candidate(strategy, micro_batch_size, accumulation, recompute, precision, memory, sent)
+                layout = Layout(
+                    strategy,
+                    spec.cluster.nodes,
+                    spec.cluster.gpus_per_node,
+                    micro_batch_size,
+                    accumulation,
+                    spec.training.seq_len,
+                    recompute,
+                    precision,
+                )
+                time = step_time(cost, cluster, layout)
+                yield Candidate(strategy, micro_batch_size, accumulation, recompute, precision, memory, sent, time)
 
 
 def _choices(asked: str, every: tuple[str, ...]) -> tuple[str, ...]:
@@ -119,16 +144,38 @@ def _check_batch(spec: JobSpec) -> None:
         )
 
 
-def _reason(spec: JobSpec, chosen: Candidate, candidates: list[Candidate]) -> str:
+def _reason(spec: JobSpec, fitting: list[Candidate], too_large: list[Candidate]) -> str:
+    """Why the winner won: its time against the best of each other strategy, then what is faster but does not fit."""
+    chosen = fitting[0]
     room = f"{show_bytes(chosen.memory.total_bytes)} of {show_bytes(chosen.memory.usable_bytes)} per rank"
+    took = show_time(chosen.step_time.seconds)
     if spec.parallel.strategy != "auto":
-        return f"{chosen.strategy} is what the spec asks for; it fits ({room})"
-    better = [lost for lost in candidates[: candidates.index(chosen)] if lost.strategy != chosen.strategy]
-    nearest = {lost.strategy: lost for lost in sorted(better, key=lambda lost: -lost.memory.total_bytes)}
-    if not nearest:
-        return f"{chosen.strategy} sends least per step ({show_bytes(chosen.communication_bytes)}) and fits ({room})"
-    lost_to = "; ".join(f"{name}: {_shortfall(lost)}" for name, lost in nearest.items())
-    return f"{chosen.strategy} sends least of those that fit ({room}); {lost_to}"
+        return f"{chosen.strategy} is what the spec asks for; it fits ({room}) and takes {took} per step"
+    others = _best_of_each([lost for lost in fitting if lost.strategy != chosen.strategy])
+    parts = [f"{chosen.strategy} takes {took} per step and fits ({room})", *_rivals(chosen, others)]
+    smallest = sorted(too_large, key=lambda lost: lost.memory.total_bytes)
+    fits = {candidate.strategy for candidate in fitting}
+    never = _best_of_each([lost for lost in smallest if lost.strategy not in fits])
+    return "; ".join([*parts, *(f"{lost.strategy} does not fit: {_shortfall(lost)}" for lost in never)])
+
+
+def _rivals(chosen: Candidate, others: list[Candidate]) -> list[str]:
+    """In words: which strategies are as fast, and how much slower the others are."""
+    seconds = chosen.step_time.seconds
+    limit = (1 + TIE) * min(candidate.step_time.seconds for candidate in [chosen, *others])
+    even = [lost.strategy for lost in others if lost.step_time.seconds <= limit]
+    slower = [
+        f"{lost.strategy} {show_time(lost.step_time.seconds)} (+{lost.step_time.seconds / seconds - 1:.0%})"
+        for lost in others
+        if lost.step_time.seconds > limit
+    ]
+    parts = [f"no slower than {', '.join(even)} to within {TIE:.0%}, and simpler or with less to send"] if even else []
+    return parts + ([f"faster than {', '.join(slower)}"] if slower else [])
+
+
+def _best_of_each(candidates: list[Candidate]) -> list[Candidate]:
+    """The first of each strategy."""
+    return list({candidate.strategy: candidate for candidate in reversed(candidates)}.values())[::-1]
 
 
 def _shortfall(candidate: Candidate) -> str:

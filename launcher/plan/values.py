@@ -44,6 +44,56 @@ class Memory:
         return self.total_bytes <= self.usable_bytes
 
 
+Bound = Literal["arithmetic", "memory bandwidth", "network", "kernel launches"]
+
+
+@dataclass(frozen=True)
+class TimeItem:
+    """One line of the account of a step's time."""
+
+    name: str
+    seconds: float
+    formula: str
+    """How the seconds come about; letters as in `Item`, A accumulation steps, L blocks."""
+    kind: Bound
+    """What would have to be faster for this to shrink."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimiser step."""
+
+    items: tuple[TimeItem, ...]
+    num_tokens: int
+    """Tokens of a step, over all ranks, padding counted."""
+    num_ranks: int
+    seconds_at_peak: float
+    """What the step would take if every rank computed at the data sheet's peak: 6 P + 12 L h T FLOPs per token."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(item.seconds for item in self.items)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def tokens_per_second_per_rank(self) -> float:
+        return self.tokens_per_second / self.num_ranks
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation, a fraction; recompute not counted."""
+        return self.seconds_at_peak / self.seconds
+
+    @property
+    def bound_by(self) -> Bound:
+        """The kind with most seconds."""
+        kinds = dict.fromkeys(item.kind for item in self.items)
+        return max(kinds, key=lambda kind: sum(item.seconds for item in self.items if item.kind == kind))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to lay the job over the ranks."""
@@ -58,6 +108,7 @@ class Candidate:
     memory: Memory
     communication_bytes: int
     """What one rank sends per optimiser step, in bytes (ring collectives)."""
+    step_time: StepTime
 
     @property
     def label(self) -> str:
@@ -83,6 +134,8 @@ class Plan:
     global_batch_size: int
     seq_len: int
     num_params: int
+    num_steps: int | None
+    """Optimiser steps of the job; None when its length is given in epochs."""
     reason: str
     alternatives: tuple[Candidate, ...]
     """What fits as well, best first."""
@@ -95,6 +148,11 @@ class Plan:
     @property
     def num_ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def job_seconds(self) -> float | None:
+        """Time of all optimiser steps, when their number is known."""
+        return None if self.num_steps is None else self.num_steps * self.chosen.step_time.seconds
 
     def decision(self) -> dict[str, Any]:
         """What the ranks must agree on, and nothing else."""
@@ -121,6 +179,7 @@ class Plan:
         return {
             "plan": {**self.decision(), "engine": self.engine, "digest": self.digest(), "reason": self.reason},
             "memory": _memory_json(self.chosen.memory),
+            "step_time": {**_time_json(self.chosen.step_time), "job_seconds": self.job_seconds},
             "alternatives": [_candidate_json(candidate) for candidate in self.alternatives],
             "rejected": [{**_candidate_json(lost.candidate), "reason": lost.reason} for lost in self.rejected],
         }
@@ -130,7 +189,19 @@ def _memory_json(memory: Memory) -> dict[str, Any]:
     return {**asdict(memory), "total_bytes": memory.total_bytes}
 
 
+def _time_json(time: StepTime) -> dict[str, Any]:
+    return {
+        "items": [asdict(item) for item in time.items],
+        "seconds": time.seconds,
+        "tokens_per_second": time.tokens_per_second,
+        "tokens_per_second_per_rank": time.tokens_per_second_per_rank,
+        "mfu": time.mfu,
+        "bound_by": time.bound_by,
+    }
+
+
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     raw = asdict(candidate)
     raw.pop("memory")
-    return {**raw, "memory_bytes": candidate.memory.total_bytes}
+    raw.pop("step_time")
+    return {**raw, "memory_bytes": candidate.memory.total_bytes, "step_seconds": candidate.step_time.seconds}

@@ -14,7 +14,7 @@ from launcher.errors import PlanError, SpecError, UserError
 from launcher.job import load_cluster
 from launcher.plan import Plan, make_plan
 from launcher.plan.explain import explain
-from launcher.plan.search import STRATEGIES
+from launcher.plan.search import STRATEGIES, TIE
 from launcher.units import GIB
 from tests.unit.costs import cluster_of, llama_405b, small_cost, spec_of
 
@@ -70,7 +70,7 @@ def test_one_rank_needs_no_machinery() -> None:
 
 
 def test_recompute_is_the_last_resort() -> None:
-    """A third more arithmetic: rather any strategy, and any micro-batch, without it."""
+    """A third more arithmetic: not where something without it fits that is as fast."""
     cost = small_cost()
     plan = plan_in(10**7, cost, training__global_batch_size=32)
     assert plan.chosen.recompute == "none"
@@ -82,11 +82,11 @@ def test_recompute_is_the_last_resort() -> None:
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
-    """Fewest accumulation steps among those that send as little."""
-    cost = small_cost()
-    chosen = plan_in(10**7, cost, training__global_batch_size=32, parallel="ddp").chosen
+    """Each pass of a small model costs the host the same launches, so fewest accumulation steps are fastest."""
+    cost, ddp = small_cost(), {"strategy": "ddp", "recompute": "none"}
+    chosen = plan_in(10**7, cost, training__global_batch_size=32, parallel=ddp).chosen
     assert (chosen.micro_batch_size, chosen.accumulation_steps) == (8, 1)
-    tighter = plan_in(chosen.memory.total_bytes - 1, cost, training__global_batch_size=32, parallel="ddp").chosen
+    tighter = plan_in(chosen.memory.total_bytes - 1, cost, training__global_batch_size=32, parallel=ddp).chosen
     assert (tighter.micro_batch_size, tighter.accumulation_steps) == (4, 2)
 
 
@@ -123,11 +123,60 @@ def test_a_plan_is_whole(memory_bytes: int, batch: int) -> None:
     assert explain(plan)
 
 
-def test_the_reason_names_what_would_have_sent_less() -> None:
+def test_the_reason_names_what_would_have_been_simpler() -> None:
+    """What is as fast, and what did not fit with its three largest items."""
     plan = plan_in(12_599)
-    assert plan.reason.startswith("fsdp sends least of those that fit (8.20 KiB of 12.3 KiB per rank)")
-    for lost in ("ddp: 16.4 KiB needed", "zero1: 15.4 KiB needed", "zero2: 12.3 KiB needed"):
+    assert plan.reason.startswith("fsdp takes 1.82 ms per step and fits (8.20 KiB of 12.3 KiB per rank); ")
+    assert "no slower than zero3 to within 3%" in plan.reason
+    for lost in (
+        "ddp does not fit: 16.4 KiB needed",
+        "zero1 does not fit: 15.4 KiB needed",
+        "zero2 does not fit: 12.3",
+    ):
         assert lost in plan.reason
+
+
+def test_the_fastest_that_fits_is_taken() -> None:
+    """A slow link: zero3 sends six bytes a parameter and micro-batch, ddp eight a step, so ddp wins in the end."""
+    big = state_only(num_params=10**9, block_num_params=2 * 10**8, outside_num_params=2 * 10**8)
+    plan = plan_in(10**12, big, bf16=True, training__global_batch_size=64)
+    fitting = (plan.chosen, *plan.alternatives)
+    fastest = min(candidate.step_time.seconds for candidate in fitting)
+    assert plan.chosen.step_time.seconds <= (1 + TIE) * fastest
+    late = [candidate.step_time.seconds for candidate in fitting if candidate.step_time.seconds > (1 + TIE) * fastest]
+    assert late
+    assert late == sorted(late)
+    assert "faster than" in plan.reason
+
+
+def test_recompute_is_taken_where_it_saves_time() -> None:
+    """Without it only one sample fits at a time, and each pass gathers the parameters again over a slow link."""
+    saved = SavedBytes(LinearInBatch(10**6, 0), NOTHING, LinearInBatch(10**3, 0))
+    cost = state_only(num_params=10**8, block_num_params=25 * 10**6, outside_num_params=0)
+    cost = dataclasses.replace(cost, saved=dict.fromkeys(("fp32", "bf16"), saved))
+    asked = {"training__global_batch_size": 64, "parallel__strategy": "fsdp"}
+    plain = next(c for c in plan_in(10**12, cost, **asked).alternatives if c.micro_batch_size == 1)
+    plan = plan_in(plain.memory.total_bytes, cost, **asked)
+    assert plan.chosen.recompute == "full"
+    assert any(lost.recompute == "none" for lost in plan.alternatives)
+
+
+def test_small_jobs_on_a_cpu_stay_with_ddp() -> None:
+    """Least machinery, where every strategy fits and the model is a toy."""
+    saved = SavedBytes(LinearInBatch(10_000, 0), LinearInBatch(500, 0), LinearInBatch(256, 0))
+    cost = small_cost(num_params=30_000, saved=dict.fromkeys(("fp32", "bf16"), saved), num_blocks=2)
+    spec = spec_of(cluster={"name": "cpu", "gpus_per_node": 2}, training__seq_len=48)
+    chosen = make_plan(spec, cost, load_cluster("cpu")).chosen
+    assert (chosen.strategy, chosen.accumulation_steps, chosen.recompute) == ("ddp", 1, "none")
+
+
+def test_the_time_of_the_job_is_told_when_its_steps_are_known() -> None:
+    told = plan_in(10**6)
+    assert told.job_seconds == pytest.approx(5 * told.chosen.step_time.seconds)
+    assert "for 5 steps" in explain(told)
+    open_ended = plan_in(10**6, training={"seq_len": 10, "global_batch_size": 4, "num_epochs": 1})
+    assert open_ended.job_seconds is None
+    assert "steps" not in explain(open_ended).partition("time per optimiser step")[2].partition("why")[0]
 
 
 def test_the_digest_never_changes_between_releases() -> None:
@@ -223,5 +272,11 @@ def test_the_json_holds_everything() -> None:
     raw = plan.to_json()
     assert raw["plan"] == {**plan.decision(), "engine": "torch", "digest": plan.digest(), "reason": plan.reason}
     assert raw["memory"]["total_bytes"] == sum(item["num_bytes"] for item in raw["memory"]["items"])
+    time = raw["step_time"]
+    assert time["seconds"] == pytest.approx(sum(item["seconds"] for item in time["items"]))
+    assert time["tokens_per_second"] == pytest.approx(4 * time["tokens_per_second_per_rank"])
+    assert time["job_seconds"] == pytest.approx(5 * time["seconds"])
+    assert time["bound_by"] == "kernel launches"
     assert len(raw["alternatives"]) == len(plan.alternatives)
+    assert all(other["step_seconds"] > 0 for other in (*raw["alternatives"], *raw["rejected"]))
     assert all(lost["reason"] and lost["memory_bytes"] > 12_599 for lost in raw["rejected"])
