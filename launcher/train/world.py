@@ -36,7 +36,9 @@ class World:
         """From the environment that a launcher made; without one, a world of one rank."""
         for launcher, (mark, *names) in _LAUNCHERS.items():
             if mark in env:
-                return cls(launcher, *(_number(env, launcher, name) for name in names))
+                world = cls(launcher, *(_number(env, launcher, name) for name in names))
+                _check_even(world, env, names[-1])
+                return world
         return cls("python", rank=0, local_rank=0, num_ranks=1, ranks_per_node=1)
 
     @property
@@ -46,6 +48,12 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+
+def _check_even(world: World, env: Mapping[str, str], name: str) -> None:
+    if world.num_ranks % world.ranks_per_node:
+        rule = f"gives nodes unequal numbers of ranks ({world.num_ranks} in all)"
+        raise UserError(name, env[name], rule, "start as many ranks on every node")
 
 
 def _number(env: Mapping[str, str], launcher: str, name: str) -> int:

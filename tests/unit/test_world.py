@@ -76,3 +76,14 @@ def test_a_machine_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_on_cpu_every_rank_has_the_same_device() -> None:
     assert rank_device(World.detect(TORCHRUN), "cpu") == torch.device("cpu")
+
+
+def test_unequal_nodes_are_refused() -> None:
+    """4 ranks on one node and 2 on the other: a plan is made for nodes that are alike."""
+    env = {**SRUN, "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2"}
+    with pytest.raises(UserError) as raised:
+        World.detect(env)
+    assert str(raised.value) == (
+        "SLURM_STEP_TASKS_PER_NODE: 4,2 gives nodes unequal numbers of ranks (6 in all); "
+        "start as many ranks on every node"
+    )
