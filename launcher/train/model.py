@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from launcher.cost.architecture import head_class, model_config
 from launcher.data.prepared import PreparedData
 from launcher.errors import ModelError
 from launcher.job.spec import JobSpec
 from launcher.task import Task
+from launcher.train.report import LOG
 
 
 def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Any:
     """A transformers model in training mode. Raises `ModelError` when it does not fit the prepared data."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     config = model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
     if spec.model.path is None:
         torch.manual_seed(spec.seed)
         model = head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
     else:
         torch.manual_seed(spec.seed)  # a head that the weights do not have is drawn
-        model = head_class(task.auto_class).from_pretrained(
-            spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False
+        model, loaded = head_class(task.auto_class).from_pretrained(
+            spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
+        _say_missing(loaded["missing_keys"])
     _check_vocabulary(model, data)
     model.config.architectures = [type(model).__name__]
     return model.train()
+
+
+def _say_missing(names: Iterable[str]) -> None:
+    """One line on rank 0's screen, in place of transformers' report on every rank."""
+    if missing := sorted(names):
+        LOG.warning("the weights have no %s: drawn at random", ", ".join(missing[:8]))
 
 
 def _token_ids(spec: JobSpec, data: PreparedData) -> dict[str, int]:
