@@ -1,0 +1,31 @@
+"""Commands that only forward: what they do is in `tools/`, which is also run as `python -m tools.X`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(context: typer.Context) -> None:
+    """Sharded checkpoint -> folder that transformers opens; same as `python -m tools.convert`."""
+    from tools.convert import main as convert_main
+
+    raise typer.Exit(convert_main(context.args))
+
+
+def evaluate(context: typer.Context) -> None:
+    """Score a model folder on a file; same as `python -m tools.evaluate`."""
+    from tools.evaluate import main as evaluate_main
+
+    raise typer.Exit(evaluate_main(context.args))
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo's data and runs go.")] = Path("runs/demo"),
+) -> None:
+    """Train, convert and score a small GPT and a small BERT on Python's own documentation, on two CPU ranks."""
+    from tools.demo import run_demo
+
+    run_demo(folder)
