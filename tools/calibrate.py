@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import EXIT_DONE, UserError
+from launcher.plan.layout import Layout
 from launcher.plan.memory import rank_memory
-from launcher.plan.step_time import Layout, step_time
+from launcher.plan.step_time import step_time
 from launcher.units import GIB
 from tools.published_models import llama_cost, mpt_cost
 from tools.published_table import Row, cluster_of, read_table
@@ -56,31 +57,24 @@ def published_case(row: Row) -> Case:
     precision = row.choice("precision", tuple(STATE_BYTES))
     reduce_bytes = REDUCE_BYTES[row.choice("fsdp_mixed_precision", tuple(REDUCE_BYTES))]
     cluster, cost = cluster_of(row), mpt_cost(row)
+    nodes, ranks_per_node = _nodes(row)
     layout = Layout(
         strategy=strategy,
-        **_nodes(row),
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
         micro_batch_size=row.count("micro_batch_size"),
         accumulation_steps=row.count("grad_accum"),
         seq_len=row.count("seq_len"),
         recompute="full" if row.flag("activation_checkpointing") else "none",
         precision="bf16",
         reduce_bytes=reduce_bytes,
+        state_bytes=STATE_BYTES[precision],
         fp8=precision == "amp_fp8",
     )
     if layout.fp8 and cluster.gpu.fp8_speedup is None:
         raise row.problem("precision", f"is in fp8, for which {cluster.gpu.name} has no figure", "leave the row out")
     time = step_time(cost, cluster, layout)
-    memory = rank_memory(
-        cost,
-        strategy,
-        layout.num_ranks,
-        layout.micro_batch_size,
-        layout.seq_len,
-        layout.recompute,
-        layout.precision,
-        cluster.memory_bytes_per_rank(layout.ranks_per_node),
-        STATE_BYTES[precision],
-    )
+    memory = rank_memory(cost, cluster, layout)
     return Case(
         line=row.line,
         label=f"{_label(row)} {row.text['precision']} {row.text['sharding']}{' recompute' * (layout.recompute == 'full')}",
@@ -96,29 +90,30 @@ def memory_case(row: Row) -> Case:
     """A row of torchtitan's tables of Llama models under FSDP2."""
     row.choice("strategy", ("fsdp2 reshard",))
     cluster, (cost, recompute) = cluster_of(row), llama_cost(row)
-    nodes = _nodes(row)
-    memory = rank_memory(
-        cost,
-        "fsdp",
-        nodes["nodes"] * nodes["ranks_per_node"],
-        row.count("micro_batch_size"),
-        row.count("seq_len"),
-        recompute,
-        "bf16",
-        cluster.memory_bytes_per_rank(nodes["ranks_per_node"]),
+    nodes, ranks_per_node = _nodes(row)
+    layout = Layout(
+        strategy="fsdp",
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        micro_batch_size=row.count("micro_batch_size"),
+        accumulation_steps=1,
+        seq_len=row.count("seq_len"),
+        recompute=recompute,
+        precision="bf16",
     )
+    memory = rank_memory(cost, cluster, layout)
     gib = memory.total_bytes / GIB
     compiled = " compiled" if row.flag("compile") else ""
     published = row.positive("peak_reserved_gib")
     return Case(row.line, f"{_label(row)}{compiled}", published, gib, memory.fits, gib, None)
 
 
-def _nodes(row: Row) -> dict[str, int]:
-    """Nodes of eight, as all of these tables have."""
+def _nodes(row: Row) -> tuple[int, int]:
+    """Nodes and ranks of each: eight, as all of these tables have."""
     ranks = row.count("num_gpus")
     if ranks > RANKS_PER_NODE and ranks % RANKS_PER_NODE:
         raise row.problem("num_gpus", f"is not a multiple of {RANKS_PER_NODE}, the GPUs of a node", "mend the row")
-    return {"nodes": max(1, ranks // RANKS_PER_NODE), "ranks_per_node": min(ranks, RANKS_PER_NODE)}
+    return max(1, ranks // RANKS_PER_NODE), min(ranks, RANKS_PER_NODE)
 
 
 def _label(row: Row) -> str:

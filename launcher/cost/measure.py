@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from launcher.cost.architecture import blocks_of, head_class, in_short, model_config
-from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes
+from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes, TensorGroup
 from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
@@ -86,7 +87,14 @@ def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes]
         max_positions=_max_positions(config),
         saved=saved,
         flops=flops,
+        tensors=_tensors(model, blocks),
     )
+
+
+def _tensors(model: Any, blocks: list[Any]) -> tuple[TensorGroup, ...]:
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    kinds = Counter((tuple(p.shape), p.requires_grad, p in in_blocks) for p in model.parameters())
+    return tuple(TensorGroup(shape, count, trainable, inside) for (shape, trainable, inside), count in kinds.items())
 
 
 def _max_positions(config: Any) -> int | None:

@@ -47,6 +47,21 @@ class Flops:
     """Matrix products outside them: the head."""
     attention: float
     """Attention, per token and token of context, nothing masked: `4 L h` in a plain transformer."""
+    blocks_backward: float | None = None
+    """Matrix products in the blocks' backward pass; None: twice the forward's, as when every weight is trained."""
+    outside_backward: float | None = None
+    """The same outside the blocks."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Parameters that are alike: what sharding pads depends on their shapes."""
+
+    shape: tuple[int, ...]
+    count: int
+    trainable: bool
+    in_block: bool
+    """Of a transformer block; else embeddings, final norm, head."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class ModelCost:
     num_params: int
     """Parameters, tied ones once."""
     num_trainable_params: int
+    """Those that are not frozen, adapters among them."""
     num_blocks: int
     block_num_params: int
     """Parameters of the largest block."""
@@ -75,6 +91,11 @@ class ModelCost:
     loss_bytes_per_logit: int | None = None
     """What the loss holds of each logit, where the model brings a loss of its own; None: the plain loss of `launcher.task`."""
 
+    num_active_params: int | None = None
+    """Parameters that one token meets, fewer than all in a mixture of experts; None: all of them."""
+    tensors: tuple[TensorGroup, ...] = ()
+    """All parameters by shape, tied ones once; empty where only sizes are known, and sharding is counted unpadded."""
+
     @property
     def width(self) -> float:
         """Numbers per token between two blocks; 0 for a model without blocks."""
@@ -89,4 +110,5 @@ class ModelCost:
             precision: SavedBytes(**{part: LinearInBatch(**coefficients) for part, coefficients in parts.items()})
             for precision, parts in raw["saved"].items()
         }
-        return cls(**{**raw, "saved": saved, "flops": Flops(**raw["flops"])})
+        tensors = tuple(TensorGroup(**{**group, "shape": tuple(group["shape"])}) for group in raw["tensors"])
+        return cls(**{**raw, "saved": saved, "flops": Flops(**raw["flops"]), "tensors": tensors})

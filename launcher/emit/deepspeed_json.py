@@ -102,10 +102,10 @@ def deepspeed_config(plan: Plan, spec: JobSpec, preset: dict[str, Any]) -> dict[
     chosen = plan.chosen
     derived = {
         "train_batch_size": plan.global_batch_size,
-        "train_micro_batch_size_per_gpu": chosen.micro_batch_size,
-        "gradient_accumulation_steps": chosen.accumulation_steps,
+        "train_micro_batch_size_per_gpu": chosen.layout.micro_batch_size,
+        "gradient_accumulation_steps": chosen.layout.accumulation_steps,
         "gradient_clipping": spec.training.max_grad_norm or 0.0,
-        "bf16": {"enabled": chosen.precision == "bf16"},
+        "bf16": {"enabled": chosen.layout.precision == "bf16"},
     }
     zero = {
         **preset.get("zero_optimization", {}),

@@ -12,6 +12,6 @@ def fsdp_settings(plan: Plan) -> dict[str, Any]:
     return {
         "wrap": "transformer_blocks",
         "reshard_after_forward": True,
-        "param_dtype": {"fp32": "float32", "bf16": "bfloat16"}[plan.chosen.precision],
+        "param_dtype": {"fp32": "float32", "bf16": "bfloat16"}[plan.chosen.layout.precision],
         "reduce_dtype": "float32",
     }

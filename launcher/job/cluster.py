@@ -30,8 +30,10 @@ class Gpu(Section):
     """Memory that the driver, the kernels' images and the communicators hold outside the allocator, in GiB."""
     bf16: Bool
     """Whether bf16 products run at full speed in hardware."""
+    fp16: Bool
+    """Whether fp16 products run at full speed in hardware, as fast as bf16 where that is there too."""
     peak_bf16_tflops: Positive
-    """Data sheet: dense products in bf16, in 1e12 operations per second; where bf16 is emulated, what that reaches."""
+    """Data sheet: dense products in bf16, and in fp16 where bf16 is missing, in 1e12 operations per second; where neither is there, what emulation reaches."""
     peak_fp32_tflops: Positive
     """Data sheet: products in fp32 as torch runs them unless told otherwise, TF32 off, in 1e12 per second."""
     memory_gb_per_s: Positive
@@ -73,6 +75,23 @@ class Link(Section):
     """Achievable: time that a collective takes however small it is, in microseconds."""
 
 
+class Host(Section):
+    """The node around its accelerators: where states are offloaded to and checkpoints written."""
+
+    memory_gib: Annotated[float, Field(gt=0, lt=1_000_000, allow_inf_nan=False), FROM_YAML] | Literal["machine"]
+    """RAM of a node, in GiB; `machine`: this machine's."""
+    memory_gb_per_s: Positive
+    """Data sheet: bandwidth of the RAM of a node, in 1e9 bytes per second; an optimiser on the host is bound by it."""
+    device_gb_per_s: Positive
+    """Achievable: copies between host and one accelerator, one direction, all accelerators at once, in 1e9 bytes per second."""
+    disk_gb_per_s: Positive
+    """Achievable: writing a checkpoint from one node, in 1e9 bytes per second."""
+    nvme_gib: Annotated[float, Field(gt=0, lt=10_000_000, allow_inf_nan=False), FROM_YAML] | None = None
+    """Room on the local NVMe disks of a node, in GiB; none, no offload to NVMe."""
+    nvme_gb_per_s: Positive | None = None
+    """Achievable: reading or writing those disks together, in 1e9 bytes per second."""
+
+
 OneLine = Annotated[Text, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 TimeLimit = Annotated[Text, Field(pattern=r"^(UNLIMITED|[0-9]+(-[0-9]+)?(:[0-9]+){0,2})$")]
 SbatchOption = Annotated[OneLine, Field(pattern=r"^--?[A-Za-z]")]
@@ -107,12 +126,18 @@ _NAMES = {("gpu", "name"), ("gpu", "kind")}  # the rest are figures
 
 
 class Cluster(Section):
-    """Facts of a homogeneous cluster. `sources` names where every figure of `gpu` and `link` comes from."""
+    """Facts of a homogeneous cluster. `sources` names where every figure of `gpu`, `link` and `host` comes from."""
 
     gpu: Gpu
     """The accelerator."""
     link: Link
     """The interconnect."""
+    host: Host
+    """The node around them."""
+    price_per_gpu_hour: Positive | None = None
+    """What an accelerator costs per hour, in `currency`."""
+    currency: OneLine = "USD"
+    """Of the price."""
     sources: dict[str, str]
     """For each figure, `gpu.memory_gib` say: where it was read or how it was measured."""
     slurm: SlurmSite = SlurmSite()
@@ -122,7 +147,7 @@ class Cluster(Section):
     def _every_figure_has_a_source(self) -> Cluster:
         figures = {
             f"{section}.{key}"
-            for section, facts in (("gpu", self.gpu), ("link", self.link))
+            for section, facts in (("gpu", self.gpu), ("link", self.link), ("host", self.host))
             for key in type(facts).model_fields
             if (section, key) not in _NAMES and getattr(facts, key) is not None
         }
@@ -136,6 +161,10 @@ class Cluster(Section):
         if self.gpu.memory_gib == "machine":
             return max(0, machine_memory_bytes() // ranks_per_node - int(self.gpu.context_gib * GIB))
         return int((self.gpu.memory_gib - self.gpu.context_gib) * GIB)
+
+    def host_bytes_per_node(self) -> int:
+        """RAM of a node, in bytes."""
+        return machine_memory_bytes() if self.host.memory_gib == "machine" else int(self.host.memory_gib * GIB)
 
 
 def machine_memory_bytes() -> int:

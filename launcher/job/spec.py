@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "mics", "fsdp", "hsdp"]
+Offload = Literal["none", "cpu", "nvme"]
 Auto = Literal["auto"]
 
 
@@ -118,8 +119,26 @@ class DataSection(Section):
 
 
 class MethodSection(ShorthandSection):
-    name: Literal["full"] = "full"
-    """What is updated: `full`, every parameter."""
+    name: Literal["full", "lora"] = "full"
+    """What is updated: `full`, every parameter that is not frozen; `lora`, low-rank adapters beside frozen weights."""
+    freeze_embeddings: Bool = False
+    """Freeze the embeddings; a head that is tied to them is frozen with them."""
+    freeze_blocks: Annotated[Int, Field(ge=0)] = 0
+    """Freeze this many transformer blocks, the first ones."""
+    freeze: tuple[Text, ...] = ()
+    """Freeze the parameters whose names match one of these patterns, such as `*.attention.*` (shell wildcards)."""
+    r: PositiveInt = 16
+    """lora: rank of the adapters."""
+    lora_alpha: Positive = 32.0
+    """lora: the adapters' output is scaled by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """lora: dropout of the adapters' input."""
+    target_modules: Texts | Text = "all-linear"
+    """lora: names of the layers that get an adapter; `all-linear`, every linear layer but the head."""
+    use_rslora: Bool = False
+    """lora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    use_dora: Bool = False
+    """lora: learn magnitude and direction apart (DoRA)."""
 
 
 class TrainingSection(Section):
@@ -158,15 +177,25 @@ class TrainingSection(Section):
 
 class ParallelSection(ShorthandSection):
     strategy: Strategy | Auto = "auto"
-    """How the model state is sharded over the ranks: ddp, zero1, zero2, zero3 (DeepSpeed), fsdp (torch FSDP2)."""
+    """How the model state is sharded over the ranks: ddp, fsdp, hsdp (torch FSDP2, sharded within groups of ranks), zero1, zero2, zero3, hpz (zero3 with a second copy of the parameters in each group), mics (zero3 within groups) of DeepSpeed."""
     micro_batch_size: PositiveInt | Auto = "auto"
     """Samples per rank in one forward and backward pass."""
     recompute: Literal["none", "full"] | Auto = "auto"
     """Activation checkpointing: `full` keeps only the input of each block and computes the rest again."""
-    precision: Literal["fp32", "bf16"] | Auto = "auto"
-    """Arithmetic of forward and backward; `auto` follows the hardware. Master weights and moments stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] | Auto = "auto"
+    """Arithmetic of forward and backward; `auto` follows the hardware. Master weights and moments stay fp32, but for `pure_bf16`, where all is bf16 (ddp, fsdp, hsdp). `fp16`, with a scaled loss, is DeepSpeed's."""
+    shard_group_size: PositiveInt | Auto = "auto"
+    """Ranks of a group, for hsdp, hpz and mics: a divisor of their number, best those of one node."""
+    reshard_after_forward: Bool | Auto = "auto"
+    """fsdp and hsdp: free the gathered parameters after forward and gather them again for backward; false keeps them."""
+    offload_optimizer: Offload | Auto = "auto"
+    """Where the optimiser's state lies and is updated: on the device, in host memory, on NVMe (zero3 only)."""
+    offload_params: Offload | Auto = "auto"
+    """Where the sharded parameters lie between uses (zero3, fsdp and hsdp; NVMe zero3 only)."""
+    nvme_path: Text | None = None
+    """Folder on a local NVMe disk of every node; without it the planner offers no offload to NVMe."""
     deepspeed_preset: Text | None = None
-    """DeepSpeed JSON with hand-tunable keys (a file, or a name from `ds_configs/`); zero1, zero2 and zero3 only."""
+    """DeepSpeed JSON with hand-tunable keys (a file, or a name from `ds_configs/`); DeepSpeed's strategies only."""
 
 
 class ClusterSection(ShorthandSection):

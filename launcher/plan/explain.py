@@ -26,14 +26,14 @@ def explain(plan: Plan, most_rejected: int = 5) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    chosen = plan.chosen
+    chosen, layout = plan.chosen, plan.chosen.layout
     ranks = f"{plan.num_ranks} ranks" if plan.nodes == 1 else f"{plan.nodes} nodes x {plan.gpus_per_node} ranks"
     return [
-        f"plan {plan.digest()}: {chosen.strategy} ({plan.engine}) on {ranks} ({plan.device}), {chosen.precision}",
+        f"plan {plan.digest()}: {chosen.strategy} ({plan.engine}) on {ranks} ({plan.device}), {layout.precision}",
         f"  model       {show_count(plan.num_params)} parameters, sequence length {plan.seq_len}",
-        f"  batch       {plan.global_batch_size} samples = micro-batch {chosen.micro_batch_size}"
-        f" x {chosen.accumulation_steps} accumulation x {plan.num_ranks} ranks",
-        f"  recompute   {chosen.recompute}",
+        f"  batch       {plan.global_batch_size} samples = micro-batch {layout.micro_batch_size}"
+        f" x {layout.accumulation_steps} accumulation x {plan.num_ranks} ranks",
+        f"  recompute   {layout.recompute}",
         f"  sent        {show_bytes(chosen.communication_bytes)} per rank and step",
     ]
 

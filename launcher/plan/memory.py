@@ -9,40 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from launcher.cost.values import ModelCost
+from launcher.cost.values import ModelCost, SavedBytes
+from launcher.job.cluster import Cluster
+from launcher.plan.layout import ELEMENT_BYTES, FP32, Layout
 from launcher.plan.values import Item, Memory
 
-FP32 = 4
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 REDUCE_BUCKET_ELEMENTS = 50_000_000
 """Elements that ZeRO collects before it reduces. DeepSpeed's default of 5e8 would cost 2 GB of fp32 on every rank."""
 FRAGMENTATION = 0.05
 """Share of the total that the caching allocator loses to rounding and holes: a margin, not a measurement."""
 
 
-def rank_memory(
-    cost: ModelCost,
-    strategy: str,
-    num_ranks: int,
-    micro_batch_size: int,
-    seq_len: int,
-    recompute: str,
-    precision: str,
-    usable_bytes: int,
-    state_bytes: int = FP32,
-) -> Memory:
-    """Account of one rank at the peak of a step.
-
-    state_bytes: of an element of fsdp's parameters, gradients and moments; ours are kept in fp32.
-    """
+def rank_memory(cost: ModelCost, cluster: Cluster, layout: Layout) -> Memory:
+    """Account of one rank at the peak of a step."""
+    strategy, num_ranks, precision = layout.strategy, layout.num_ranks, layout.precision
     fsdp = strategy == "fsdp"
     state = (
-        _fsdp(cost, num_ranks, precision, state_bytes) if fsdp else _ZERO_OR_DDP[strategy](cost, num_ranks, precision)
+        _fsdp(cost, num_ranks, precision, layout.state_bytes)
+        if fsdp
+        else _ZERO_OR_DDP[strategy](cost, num_ranks, precision)
     )
-    items = [*state, *_activations(cost, micro_batch_size, seq_len, recompute, precision)]
+    items = [*state, *_activations(cost, layout)]
     margin = round(sum(item.num_bytes for item in items) * FRAGMENTATION)
     items.append(Item("fragmentation", margin, f"{FRAGMENTATION:.0%} of the above, a margin"))
+    usable_bytes = cluster.memory_bytes_per_rank(layout.ranks_per_node)
     return Memory(tuple(item for item in items if item.num_bytes), usable_bytes)
+
+
+def saved_of(cost: ModelCost, precision: str) -> SavedBytes:
+    """Bytes kept for backward: the 16-bit formats keep alike."""
+    return cost.saved["fp32" if precision == "fp32" else "bf16"]
 
 
 def _ceil_div(total: int, parts: int) -> int:
@@ -124,8 +120,14 @@ _ZERO_OR_DDP: dict[str, Callable[[ModelCost, int, str], list[Item]]] = {
 }
 
 
-def _activations(cost: ModelCost, micro_batch_size: int, seq_len: int, recompute: str, precision: str) -> list[Item]:
-    saved = cost.saved[precision]
+def _activations(cost: ModelCost, layout: Layout) -> list[Item]:
+    micro_batch_size, seq_len, recompute, precision = (
+        layout.micro_batch_size,
+        layout.seq_len,
+        layout.recompute,
+        layout.precision,
+    )
+    saved = saved_of(cost, precision)
     blocks = saved.blocks.at(micro_batch_size, seq_len)
     if recompute == "full":
         one = blocks // max(1, cost.num_blocks)
@@ -148,36 +150,33 @@ _LOSS_PARTS = {"fp32": "fp32, log-softmax, gradient", "bf16": "bf16, fp32 copy, 
 def loss_bytes(cost: ModelCost, micro_batch_size: int, seq_len: int, precision: str) -> int:
     """Bytes of logits, loss and their gradients at the peak."""
     targets = micro_batch_size * (seq_len if cost.logits_per_token else 1)
-    return targets * cost.logits_width * (cost.loss_bytes_per_logit or LOSS_BYTES[precision])
+    return (
+        targets
+        * cost.logits_width
+        * (cost.loss_bytes_per_logit or LOSS_BYTES["fp32" if precision == "fp32" else "bf16"])
+    )
 
 
 def _loss_formula(cost: ModelCost, precision: str) -> str:
     if cost.loss_bytes_per_logit:
         return f"{cost.loss_bytes_per_logit} bytes x logits: the model's own loss"
-    return f"{LOSS_BYTES[precision]} bytes x logits: {_LOSS_PARTS[precision]}"
+    kind = "fp32" if precision == "fp32" else "bf16"
+    return f"{LOSS_BYTES[kind]} bytes x logits: {_LOSS_PARTS[kind]}"
 
 
-def communication_bytes(
-    cost: ModelCost,
-    strategy: str,
-    num_ranks: int,
-    accumulation_steps: int,
-    precision: str,
-    reduce_bytes: int = FP32,
-) -> int:
+def communication_bytes(cost: ModelCost, layout: Layout) -> int:
     """Bytes that one rank sends per optimiser step; a ring all-gather or reduce-scatter sends (N-1)/N of the vector.
 
     ddp and zero1 reduce once per step; zero2, zero3 and fsdp reduce every micro-batch, which is what keeps their
-    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward. reduce_bytes: of
-    an element of fsdp's gradients; ours are reduced in fp32.
+    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward.
     """
-    element = ELEMENT_BYTES[precision]
+    element, num_ranks, accumulation_steps = layout.element_bytes, layout.num_ranks, layout.accumulation_steps
     vector = cost.num_params * (num_ranks - 1) // num_ranks
     passes = {
         "ddp": 2 * FP32,
         "zero1": 2 * element,
         "zero2": element * (accumulation_steps + 1),
         "zero3": 3 * element * accumulation_steps,
-        "fsdp": (2 * element + reduce_bytes) * accumulation_steps,
+        "fsdp": (2 * element + layout.reduce_bytes) * accumulation_steps,
     }
-    return vector * passes[strategy]
+    return vector * passes[layout.strategy]

@@ -14,9 +14,10 @@ from launcher.cost.values import ModelCost
 from launcher.errors import PlanError, SpecError
 from launcher.job.cluster import Cluster
 from launcher.job.spec import JobSpec
+from launcher.plan.layout import ENGINE_OF, Layout
 from launcher.plan.memory import communication_bytes, rank_memory
-from launcher.plan.step_time import Layout, step_time
-from launcher.plan.values import ENGINE_OF, Candidate, Plan, Rejected
+from launcher.plan.step_time import step_time
+from launcher.plan.values import Candidate, Plan, Rejected
 from launcher.units import show_bytes, show_time
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")
@@ -59,43 +60,36 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 def _simplicity(candidate: Candidate) -> tuple[bool, int, int, int]:
     return (
-        candidate.recompute == "full",
+        candidate.layout.recompute == "full",
         candidate.communication_bytes,
-        candidate.accumulation_steps,
+        candidate.layout.accumulation_steps,
         STRATEGIES.index(candidate.strategy),
     )
 
 
 def _candidates(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Iterator[Candidate]:
-    usable = cluster.memory_bytes_per_rank(spec.cluster.gpus_per_node)
     precision = _precision(spec, cluster)
     for strategy in _choices(spec.parallel.strategy, STRATEGIES):
         for micro_batch_size in _micro_batches(spec):
             accumulation = spec.training.global_batch_size // (spec.num_ranks * micro_batch_size)
             for recompute in _choices(spec.parallel.recompute, ("none", "full")):
-                memory = rank_memory(
-                    cost,
-                    strategy,
-                    spec.num_ranks,
-                    micro_batch_size,
-                    spec.training.seq_len,
-                    recompute,
-                    precision,
-                    usable,
-                )
-                sent = communication_bytes(cost, strategy, spec.num_ranks, accumulation, precision)
                 layout = Layout(
-                    strategy,
-                    spec.cluster.nodes,
-                    spec.cluster.gpus_per_node,
-                    micro_batch_size,
-                    accumulation,
-                    spec.training.seq_len,
-                    recompute,
-                    precision,
+                    strategy=strategy,
+                    nodes=spec.cluster.nodes,
+                    ranks_per_node=spec.cluster.gpus_per_node,
+                    micro_batch_size=micro_batch_size,
+                    accumulation_steps=accumulation,
+                    seq_len=spec.training.seq_len,
+                    recompute=recompute,
+                    precision=precision,
                 )
-                time = step_time(cost, cluster, layout)
-                yield Candidate(strategy, micro_batch_size, accumulation, recompute, precision, memory, sent, time)
+                yield _weighed(cost, cluster, layout)
+
+
+def _weighed(cost: ModelCost, cluster: Cluster, layout: Layout) -> Candidate:
+    return Candidate(
+        layout, rank_memory(cost, cluster, layout), communication_bytes(cost, layout), step_time(cost, cluster, layout)
+    )
 
 
 def _choices(asked: str, every: tuple[str, ...]) -> tuple[str, ...]:

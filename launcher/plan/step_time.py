@@ -11,11 +11,10 @@ counted, against the data sheet's peak (scripts/train/benchmarking/README.md). P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from launcher.cost.values import ModelCost
 from launcher.job.cluster import Cluster, Gpu, Link
-from launcher.plan.memory import ELEMENT_BYTES, FP32, communication_bytes, loss_bytes
+from launcher.plan.layout import FP32, Layout
+from launcher.plan.memory import communication_bytes, loss_bytes, saved_of
 from launcher.plan.values import StepTime, TimeItem
 from launcher.units import show_bytes
 
@@ -41,33 +40,6 @@ OVERLAPS = {"ddp": True, "zero1": False, "zero2": False, "zero3": True, "fsdp": 
 """Whether collectives run beside arithmetic; DeepSpeed's `overlap_comm` is off by default below stage 3."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a step is laid over the ranks."""
-
-    strategy: str
-    nodes: int
-    ranks_per_node: int
-    micro_batch_size: int
-    accumulation_steps: int
-    seq_len: int
-    recompute: str
-    precision: str
-    reduce_bytes: int = FP32
-    """Bytes of a gradient element on its way between ranks; fsdp only, the others reduce in their own precision."""
-    fp8: bool = False
-    """Whether the blocks' products run in fp8."""
-
-    @property
-    def num_ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def rank_tokens(self) -> int:
-        """Tokens of one rank in one micro-batch."""
-        return self.micro_batch_size * self.seq_len
-
-
 def step_time(cost: ModelCost, cluster: Cluster, layout: Layout) -> StepTime:
     """Account of one optimiser step."""
     gpu = cluster.gpu
@@ -87,7 +59,7 @@ def step_time(cost: ModelCost, cluster: Cluster, layout: Layout) -> StepTime:
 
 def _peak(gpu: Gpu, precision: str) -> float:
     """FLOP/s of the data sheet."""
-    return 1e12 * (gpu.peak_bf16_tflops if precision == "bf16" else gpu.peak_fp32_tflops)
+    return 1e12 * (gpu.peak_bf16_tflops if precision != "fp32" else gpu.peak_fp32_tflops)
 
 
 def _matmul_rate(cost: ModelCost, gpu: Gpu, precision: str) -> float:
@@ -123,13 +95,13 @@ def _attention(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
 
 def _traffic(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
     rate = gpu.memory_gb_per_s * 1e9 * gpu.memory_share
-    saved = cost.saved[layout.precision]
+    saved = saved_of(cost, layout.precision)
     again = TOUCHES_AGAIN if layout.recompute == "full" else 0
     kept = saved.blocks.at(layout.micro_batch_size, layout.seq_len)
     outside = saved.outside.at(layout.micro_batch_size, layout.seq_len)
     moved = {
         "activations": (TOUCHES + again) * kept + TOUCHES * outside,
-        "weights": WEIGHT_TOUCHES * ELEMENT_BYTES[layout.precision] * cost.num_params,
+        "weights": WEIGHT_TOUCHES * layout.element_bytes * cost.num_params,
         "loss": LOSS_TOUCHES * loss_bytes(cost, layout.micro_batch_size, layout.seq_len, layout.precision),
     }
     words = {
@@ -167,9 +139,7 @@ def _optimiser(cost: ModelCost, gpu: Gpu, layout: Layout) -> TimeItem:
 
 def _collectives(cost: ModelCost, link: Link, overlap: float, layout: Layout, busy_seconds: float) -> TimeItem:
     """What of the collectives the step has to wait for."""
-    sent = communication_bytes(
-        cost, layout.strategy, layout.num_ranks, layout.accumulation_steps, layout.precision, layout.reduce_bytes
-    )
+    sent = communication_bytes(cost, layout)
     rate = bus_gb_per_s(link, layout)
     calls = _num_collectives(cost, layout) if layout.num_ranks > 1 else 0
     seconds = sent / (rate * 1e9) + calls * link.latency_us * 1e-6

@@ -7,14 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Engine = Literal["torch", "deepspeed"]
-ENGINE_OF: dict[str, Engine] = {
-    "ddp": "torch",
-    "fsdp": "torch",
-    "zero1": "deepspeed",
-    "zero2": "deepspeed",
-    "zero3": "deepspeed",
-}
+from launcher.plan.layout import Engine, Layout
 
 
 @dataclass(frozen=True)
@@ -98,13 +91,7 @@ class StepTime:
 class Candidate:
     """One way to lay the job over the ranks."""
 
-    strategy: str
-    micro_batch_size: int
-    """Samples per rank in one forward and backward pass."""
-    accumulation_steps: int
-    """Forward and backward passes per optimiser step."""
-    recompute: str
-    precision: str
+    layout: Layout
     memory: Memory
     communication_bytes: int
     """What one rank sends per optimiser step, in bytes (ring collectives)."""
@@ -112,14 +99,20 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        recompute = ", recompute" if self.recompute == "full" else ""
-        return f"{self.strategy}, micro-batch {self.micro_batch_size} x {self.accumulation_steps}{recompute}"
+        return self.layout.label
+
+    @property
+    def strategy(self) -> str:
+        return self.layout.strategy
 
 
 @dataclass(frozen=True)
 class Rejected:
     candidate: Candidate
     reason: str
+
+
+_YOUNGER = {"shard_group_size": 0, "reshard_after_forward": True, "offload_optimizer": "none", "offload_params": "none"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +136,7 @@ class Plan:
 
     @property
     def engine(self) -> Engine:
-        return ENGINE_OF[self.chosen.strategy]
+        return self.chosen.layout.engine
 
     @property
     def num_ranks(self) -> int:
@@ -155,14 +148,10 @@ class Plan:
         return None if self.num_steps is None else self.num_steps * self.chosen.step_time.seconds
 
     def decision(self) -> dict[str, Any]:
-        """What the ranks must agree on, and nothing else."""
-        chosen = self.chosen
+        """What the ranks must agree on, and nothing else. What younger keys leave as it was is left out: digests last."""
+        decided = self.chosen.layout.decided().items()
         return {
-            "strategy": chosen.strategy,
-            "micro_batch_size": chosen.micro_batch_size,
-            "accumulation_steps": chosen.accumulation_steps,
-            "recompute": chosen.recompute,
-            "precision": chosen.precision,
+            **{key: value for key, value in decided if key not in _YOUNGER or value != _YOUNGER[key]},
             "nodes": self.nodes,
             "gpus_per_node": self.gpus_per_node,
             "device": self.device,
@@ -177,7 +166,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "plan": {**self.decision(), "engine": self.engine, "digest": self.digest(), "reason": self.reason},
+            "plan": {
+                **self.chosen.layout.decided(),
+                **self.decision(),
+                "engine": self.engine,
+                "digest": self.digest(),
+                "reason": self.reason,
+            },
             "memory": _memory_json(self.chosen.memory),
             "step_time": {**_time_json(self.chosen.step_time), "job_seconds": self.job_seconds},
             "alternatives": [_candidate_json(candidate) for candidate in self.alternatives],
@@ -201,7 +196,9 @@ def _time_json(time: StepTime) -> dict[str, Any]:
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
-    raw = asdict(candidate)
-    raw.pop("memory")
-    raw.pop("step_time")
-    return {**raw, "memory_bytes": candidate.memory.total_bytes, "step_seconds": candidate.step_time.seconds}
+    return {
+        **candidate.layout.decided(),
+        "communication_bytes": candidate.communication_bytes,
+        "memory_bytes": candidate.memory.total_bytes,
+        "step_seconds": candidate.step_time.seconds,
+    }

@@ -115,7 +115,7 @@ def _resume_point(spec: JobSpec, plan: Plan) -> Saved | None:
 def _set_up(spec: JobSpec, plan: Plan, world: World, device: torch.device, data: PreparedData, stop: StopFlag) -> Run:
     task = task_of(spec, data.labels)
     model = build_model(spec, task, data)
-    if plan.chosen.recompute == "full":
+    if plan.chosen.layout.recompute == "full":
         enable_recompute(model)
     hf_files = Path(spec.output_dir) / "hf"
     decide_on_first(lambda: _write_hf_files(model, data, hf_files))
@@ -164,7 +164,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
         size,
         run.world.rank,
         run.world.num_ranks,
-        run.plan.chosen.micro_batch_size,
+        run.plan.chosen.layout.micro_batch_size,
     )
 
     def make(position: int) -> list[Batch]:
@@ -253,7 +253,7 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     if "validation" not in run.data.index["splits"]:
         return {}
     metrics = run.task.metrics()
-    size = run.plan.chosen.micro_batch_size
+    size = run.plan.chosen.layout.micro_batch_size
     split = run.data.split("validation")
     for rows in eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples):
         # every rank computes every batch: sharded parameters are gathered by all or by none

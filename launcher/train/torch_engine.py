@@ -32,7 +32,7 @@ class TorchEngine:
         self._device = device
         self._max_norm = spec.training.max_grad_norm
         self._sharded = plan.chosen.strategy == "fsdp"
-        self._autocast_bf16 = plan.chosen.precision == "bf16" and not self._sharded
+        self._autocast_bf16 = plan.chosen.layout.precision == "bf16" and not self._sharded
         model.to(device)
         if self._sharded:
             self._model = _shard(model, plan, device)

@@ -35,10 +35,11 @@ cluster: {name: cluster.yaml, gpus_per_node: 2}
 """
 CLUSTER = """\
 gpu:
-  {name: Some GPU, kind: cuda, memory_gib: 16, context_gib: 1, bf16: true,
+  {name: Some GPU, kind: cuda, memory_gib: 16, context_gib: 1, bf16: true, fp16: true,
    peak_bf16_tflops: 312, peak_fp32_tflops: 19.5, memory_gb_per_s: 1555, matmul_share: 0.8, matmul_half_width: 400,
    attention_share: 0.3, memory_share: 0.8, overlap_share: 0.5, launch_us: 5}
 link: {intra_node_gb_per_s: 300, inter_node_gb_per_s: 25, link_share: 0.8, latency_us: 30}
+host: {memory_gib: 512, memory_gb_per_s: 200, device_gb_per_s: 20, disk_gb_per_s: 2}
 sources:
   gpu.memory_gib: data sheet
   gpu.context_gib: measured
@@ -51,7 +52,8 @@ CLUSTER += "".join(
     for figure in (
         *("gpu.peak_bf16_tflops", "gpu.peak_fp32_tflops", "gpu.memory_gb_per_s", "gpu.matmul_share"),
         *("gpu.matmul_half_width", "gpu.attention_share", "gpu.memory_share", "gpu.overlap_share", "gpu.launch_us"),
-        *("link.link_share", "link.latency_us"),
+        *("link.link_share", "link.latency_us", "gpu.fp16", "host.memory_gib", "host.memory_gb_per_s"),
+        *("host.device_gb_per_s", "host.disk_gb_per_s"),
     )
 )
 

@@ -16,6 +16,7 @@ from launcher.emit.slurm import MARKER, job_name
 from launcher.errors import SpecError
 from launcher.job import SlurmSite
 from launcher.job.load import decode
+from launcher.plan.layout import Layout
 from launcher.plan.values import Candidate, Memory, Plan, StepTime
 from tests.golden.compare import Golden
 
@@ -39,7 +40,7 @@ HOSTILE_JOB = BatchJob(
 
 
 def plan(strategy: str, nodes: int, gpus_per_node: int, device: str) -> Plan:
-    chosen = Candidate(strategy, 1, 1, "none", "fp32", Memory((), 1), 0, StepTime((), 0, 1, 0))
+    chosen = Candidate(Layout(strategy, 1, 1, 1, 1, 1, "none", "fp32"), Memory((), 1), 0, StepTime((), 0, 1, 0))
     return Plan(chosen, nodes, gpus_per_node, device, 64, 1024, 10, None, "", (), ())
 
 

@@ -89,8 +89,16 @@ SPEED = {
 def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda", **changes: Any) -> Cluster:
     """Machines whose ranks may use this many bytes, with nothing taken off; `changes` as in `gpu__launch_us`."""
     facts: dict[str, dict[str, Any]] = {
-        "gpu": {"name": "Some", "kind": kind, "memory_gib": memory_bytes / GIB, "context_gib": 0, "bf16": bf16},
+        "gpu": {
+            "name": "Some",
+            "kind": kind,
+            "memory_gib": memory_bytes / GIB,
+            "context_gib": 0,
+            "bf16": bf16,
+            "fp16": False,
+        },
         "link": {"intra_node_gb_per_s": 1, "inter_node_gb_per_s": 1},
+        "host": {"memory_gib": 1024, "memory_gb_per_s": 100, "device_gb_per_s": 10, "disk_gb_per_s": 1},
     }
     for section, speeds in SPEED.items():
         facts[section] |= speeds

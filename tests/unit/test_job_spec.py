@@ -49,7 +49,18 @@ def test_what_is_left_out_has_these_values() -> None:
     spec = spec_of()
     defaults = spec.model_dump(exclude={"output_dir", "model", "task", "data", "cluster"})
     assert defaults == {
-        "method": {"name": "full"},
+        "method": {
+            "name": "full",
+            "freeze_embeddings": False,
+            "freeze_blocks": 0,
+            "freeze": (),
+            "r": 16,
+            "lora_alpha": 32.0,
+            "lora_dropout": 0.0,
+            "target_modules": "all-linear",
+            "use_rslora": False,
+            "use_dora": False,
+        },
         "training": {
             "seq_len": 10,
             "global_batch_size": 8,
@@ -70,6 +81,11 @@ def test_what_is_left_out_has_these_values() -> None:
             "micro_batch_size": "auto",
             "recompute": "auto",
             "precision": "auto",
+            "shard_group_size": "auto",
+            "reshard_after_forward": "auto",
+            "offload_optimizer": "auto",
+            "offload_params": "auto",
+            "nvme_path": None,
             "deepspeed_preset": None,
         },
         "checkpoint": {"every_steps": None, "keep_last": 2, "resume": True},

@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.cost.values import ModelCost
+from launcher.plan.layout import Layout
 from launcher.plan.memory import FRAGMENTATION, REDUCE_BUCKET_ELEMENTS, communication_bytes, rank_memory
 from launcher.plan.search import STRATEGIES
-from tests.unit.costs import small_cost
+from launcher.plan.values import Memory
+from tests.unit.costs import cluster_of, small_cost
 
 # 1,000 parameters on 2 ranks, 4 blocks of 200, 200 outside: part of a rank 500, gathered 200 + 2 x 200 = 600.
 STATE = {
@@ -86,8 +89,19 @@ ACTIVATIONS = {
 }
 
 
+def layout_of(
+    strategy: str, num_ranks: int, micro_batch_size: int, seq_len: int, recompute: str, precision: str, steps: int = 1
+) -> Layout:
+    return Layout(strategy, 1, num_ranks, micro_batch_size, steps, seq_len, recompute, precision)
+
+
+def memory_of(cost: ModelCost, *layout: str | int, usable_bytes: int = 1) -> Memory:
+    """`layout`: the values of `layout_of`, in its order."""
+    return rank_memory(cost, cluster_of(usable_bytes), layout_of(*layout))  # type: ignore[arg-type]
+
+
 def items_of(strategy: str, precision: str, recompute: str, num_ranks: int = 2) -> dict[str, int]:
-    memory = rank_memory(small_cost(), strategy, num_ranks, 2, 10, recompute, precision, usable_bytes=0)
+    memory = memory_of(small_cost(), strategy, num_ranks, 2, 10, recompute, precision)
     return {item.name: item.num_bytes for item in memory.items}
 
 
@@ -103,21 +117,23 @@ def test_every_item_is_what_the_formula_says(strategy: str, precision: str, reco
 
 def test_a_sequence_classifier_has_one_target_per_sample() -> None:
     cost = small_cost(logits_per_token=False, logits_width=3)
-    memory = rank_memory(cost, "ddp", 1, 4, 10, "none", "fp32", 0)
+    memory = memory_of(cost, "ddp", 1, 4, 10, "none", "fp32")
     assert next(item.num_bytes for item in memory.items if item.name == "logits and loss") == 4 * 3 * 12
 
 
 def test_the_reduction_bucket_of_a_large_model_is_bounded() -> None:
     """The size that the emitted configuration states: 50 million elements."""
-    memory = rank_memory(small_cost(num_params=10**9), "zero2", 8, 1, 10, "none", "bf16", 0)
+    memory = memory_of(small_cost(num_params=10**9), "zero2", 8, 1, 10, "none", "bf16")
     assert (
         next(item.num_bytes for item in memory.items if item.name == "reduction bucket") == 2 * REDUCE_BUCKET_ELEMENTS
     )
 
 
 def test_it_fits_to_the_last_byte() -> None:
-    total = rank_memory(small_cost(), "ddp", 2, 2, 10, "none", "fp32", 0).total_bytes
-    fits = [rank_memory(small_cost(), "ddp", 2, 2, 10, "none", "fp32", total + more).fits for more in (-1, 0, 1)]
+    total = memory_of(small_cost(), "ddp", 2, 2, 10, "none", "fp32").total_bytes
+    fits = [
+        memory_of(small_cost(), "ddp", 2, 2, 10, "none", "fp32", usable_bytes=total + more).fits for more in (-1, 0, 1)
+    ]
     assert fits == [False, True, True]
 
 
@@ -137,7 +153,7 @@ def test_more_ranks_never_need_more(
     """And where the state is replicated, they need exactly the same."""
     cost = small_cost(num_params=num_params)
     few, many = (
-        rank_memory(cost, strategy, ranks, 1, 10, "none", precision, 0).total_bytes
+        memory_of(cost, strategy, ranks, 1, 10, "none", precision).total_bytes
         for ranks in (num_ranks, num_ranks + more_ranks)
     )
     assert many == few if strategy == "ddp" else many <= few
@@ -147,7 +163,7 @@ def test_more_ranks_never_need_more(
 @settings(max_examples=200, deadline=None)
 def test_the_parts_of_all_ranks_make_the_whole(num_ranks: int, num_params: int, strategy: str, precision: str) -> None:
     """Moments are 8 bytes a parameter, over all ranks together, and at most one element a rank more."""
-    memory = rank_memory(small_cost(num_params=num_params), strategy, num_ranks, 1, 10, "none", precision, 0)
+    memory = memory_of(small_cost(num_params=num_params), strategy, num_ranks, 1, 10, "none", precision)
     moments = next(item.num_bytes for item in memory.items if item.name == "optimiser")
     if strategy == "ddp":
         assert moments == 8 * num_params
@@ -160,7 +176,7 @@ def test_the_parts_of_all_ranks_make_the_whole(num_ranks: int, num_params: int, 
 def test_recompute_never_needs_more(micro_batch_size: int, seq_len: int, precision: str) -> None:
     """Here the inputs of the blocks and one block are less than all blocks: 16 + 40 / 4 < 40 bytes a token."""
     none, full = (
-        rank_memory(small_cost(), "ddp", 1, micro_batch_size, seq_len, recompute, precision, 0).total_bytes
+        memory_of(small_cost(), "ddp", 1, micro_batch_size, seq_len, recompute, precision).total_bytes
         for recompute in ("none", "full")
     )
     assert full < none
@@ -179,5 +195,8 @@ def test_recompute_never_needs_more(micro_batch_size: int, seq_len: int, precisi
 def test_bytes_sent_per_parameter(strategy: str, fp32: int, bf16: int) -> None:
     """Three accumulation steps; a ring on 4 ranks sends three quarters of each vector."""
     for precision, per_parameter in (("fp32", fp32), ("bf16", bf16)):
-        assert communication_bytes(small_cost(), strategy, 4, 3, precision) == 750 * per_parameter
-        assert communication_bytes(small_cost(), strategy, 1, 3, precision) == 0
+        assert (
+            communication_bytes(small_cost(), layout_of(strategy, 4, 1, 10, "none", precision, steps=3))
+            == 750 * per_parameter
+        )
+        assert communication_bytes(small_cost(), layout_of(strategy, 1, 1, 10, "none", precision, steps=3)) == 0

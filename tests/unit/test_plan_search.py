@@ -73,21 +73,24 @@ def test_recompute_is_the_last_resort() -> None:
     """A third more arithmetic: not where something without it fits that is as fast."""
     cost = small_cost()
     plan = plan_in(10**7, cost, training__global_batch_size=32)
-    assert plan.chosen.recompute == "none"
+    assert plan.chosen.layout.recompute == "none"
     smallest = min(
-        (c for c in (plan.chosen, *plan.alternatives) if c.recompute == "none"), key=lambda c: c.memory.total_bytes
+        (c for c in (plan.chosen, *plan.alternatives) if c.layout.recompute == "none"),
+        key=lambda c: c.memory.total_bytes,
     )
-    assert plan_in(smallest.memory.total_bytes, cost, training__global_batch_size=32).chosen.recompute == "none"
-    assert plan_in(smallest.memory.total_bytes - 1, cost, training__global_batch_size=32).chosen.recompute == "full"
+    assert plan_in(smallest.memory.total_bytes, cost, training__global_batch_size=32).chosen.layout.recompute == "none"
+    assert (
+        plan_in(smallest.memory.total_bytes - 1, cost, training__global_batch_size=32).chosen.layout.recompute == "full"
+    )
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     """Each pass of a small model costs the host the same launches, so fewest accumulation steps are fastest."""
     cost, ddp = small_cost(), {"strategy": "ddp", "recompute": "none"}
     chosen = plan_in(10**7, cost, training__global_batch_size=32, parallel=ddp).chosen
-    assert (chosen.micro_batch_size, chosen.accumulation_steps) == (8, 1)
+    assert (chosen.layout.micro_batch_size, chosen.layout.accumulation_steps) == (8, 1)
     tighter = plan_in(chosen.memory.total_bytes - 1, cost, training__global_batch_size=32, parallel=ddp).chosen
-    assert (tighter.micro_batch_size, tighter.accumulation_steps) == (4, 2)
+    assert (tighter.layout.micro_batch_size, tighter.layout.accumulation_steps) == (4, 2)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -96,8 +99,8 @@ def test_what_is_fixed_stays_fixed(strategy: str) -> None:
     fixed = {"strategy": strategy, "micro_batch_size": 2, "recompute": "full", "precision": "bf16"}
     plan = plan_in(10**7, small_cost(), training__global_batch_size=16, parallel=fixed)
     chosen = plan.chosen
-    assert {key: getattr(chosen, key) for key in fixed} == fixed
-    assert chosen.accumulation_steps == 2
+    assert {key: getattr(chosen.layout, key) for key in fixed} == fixed
+    assert chosen.layout.accumulation_steps == 2
     assert (plan.alternatives, plan.rejected) == ((), ())
     assert f"{strategy} is what the spec asks for" in plan.reason
 
@@ -115,7 +118,7 @@ def test_a_plan_is_whole(memory_bytes: int, batch: int) -> None:
     assert 1 + len(plan.alternatives) + len(plan.rejected) == len(STRATEGIES) * divisors * 2
     for candidate in (plan.chosen, *plan.alternatives):
         assert candidate.memory.fits
-        assert candidate.micro_batch_size * candidate.accumulation_steps * 4 == batch
+        assert candidate.layout.micro_batch_size * candidate.layout.accumulation_steps * 4 == batch
     for lost in plan.rejected:
         assert not lost.candidate.memory.fits
         assert "needed" in lost.reason
@@ -155,10 +158,10 @@ def test_recompute_is_taken_where_it_saves_time() -> None:
     cost = state_only(num_params=10**8, block_num_params=25 * 10**6, outside_num_params=0)
     cost = dataclasses.replace(cost, saved=dict.fromkeys(("fp32", "bf16"), saved))
     asked = {"training__global_batch_size": 64, "parallel__strategy": "fsdp"}
-    plain = next(c for c in plan_in(10**12, cost, **asked).alternatives if c.micro_batch_size == 1)
+    plain = next(c for c in plan_in(10**12, cost, **asked).alternatives if c.layout.micro_batch_size == 1)
     plan = plan_in(plain.memory.total_bytes, cost, **asked)
-    assert plan.chosen.recompute == "full"
-    assert any(lost.recompute == "none" for lost in plan.alternatives)
+    assert plan.chosen.layout.recompute == "full"
+    assert any(lost.layout.recompute == "none" for lost in plan.alternatives)
 
 
 def test_small_jobs_on_a_cpu_stay_with_ddp() -> None:
@@ -167,7 +170,7 @@ def test_small_jobs_on_a_cpu_stay_with_ddp() -> None:
     cost = small_cost(num_params=30_000, saved=dict.fromkeys(("fp32", "bf16"), saved), num_blocks=2)
     spec = spec_of(cluster={"name": "cpu", "gpus_per_node": 2}, training__seq_len=48)
     chosen = make_plan(spec, cost, load_cluster("cpu")).chosen
-    assert (chosen.strategy, chosen.accumulation_steps, chosen.recompute) == ("ddp", 1, "none")
+    assert (chosen.strategy, chosen.layout.accumulation_steps, chosen.layout.recompute) == ("ddp", 1, "none")
 
 
 def test_the_time_of_the_job_is_told_when_its_steps_are_known() -> None:
@@ -229,7 +232,8 @@ def test_a_batch_without_end_is_planned_at_once() -> None:
     """Micro-batches are divisors of a rank's share, found in its square root of steps."""
     tried = plan_in(10**6, training__global_batch_size=10**9, training__seq_len=1)
     sizes = {
-        c.micro_batch_size for c in (tried.chosen, *tried.alternatives, *(lost.candidate for lost in tried.rejected))
+        c.layout.micro_batch_size
+        for c in (tried.chosen, *tried.alternatives, *(lost.candidate for lost in tried.rejected))
     }
     assert len(sizes) == 80  # 250,000,000 = 2^7 x 5^9 has 8 x 10 divisors
     assert max(sizes) == 250_000_000
@@ -251,7 +255,7 @@ def test_a_model_of_405b_is_planned_over_thousands_of_ranks(nodes: int, batch: i
     plan = make_plan(spec, llama_405b(), load_cluster("h100-80"))
     assert plan.num_params == pytest.approx(405.85e9, rel=1e-4)
     assert plan.chosen.strategy in ("fsdp", "zero3")
-    assert plan.chosen.precision == "bf16"
+    assert plan.chosen.layout.precision == "bf16"
     assert plan.chosen.memory.total_bytes < 78.1 * GIB
 
 
@@ -270,7 +274,13 @@ def test_the_json_holds_everything() -> None:
     """What `--json` prints: the decision, the account, and every layout once."""
     plan = plan_in(12_599)
     raw = plan.to_json()
-    assert raw["plan"] == {**plan.decision(), "engine": "torch", "digest": plan.digest(), "reason": plan.reason}
+    assert raw["plan"] == {
+        **plan.chosen.layout.decided(),
+        **plan.decision(),
+        "engine": "torch",
+        "digest": plan.digest(),
+        "reason": plan.reason,
+    }
     assert raw["memory"]["total_bytes"] == sum(item["num_bytes"] for item in raw["memory"]["items"])
     time = raw["step_time"]
     assert time["seconds"] == pytest.approx(sum(item["seconds"] for item in time["items"]))

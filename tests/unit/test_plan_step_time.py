@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from launcher.cost.values import Flops
 from launcher.job import Cluster, load_cluster
+from launcher.plan.layout import Layout
 from launcher.plan.search import STRATEGIES
-from launcher.plan.step_time import Layout, bus_gb_per_s, step_time
+from launcher.plan.step_time import bus_gb_per_s, step_time
 from launcher.plan.values import StepTime
 from tests.unit.costs import cluster_of, llama_405b, small_cost
 
