@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from launcher.checksum import file_digest
 from launcher.data.fingerprint import options_fingerprint
-from launcher.data.order import Ints
+from launcher.data.mapped import PreparedSplit
 from launcher.errors import ABSENT, DataError, Problem
 from launcher.job.spec import JobSpec
-from launcher.task import Row
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -65,55 +61,6 @@ class PreparedData:
             way_out = "set data.validation, or a data.validation_fraction above 0, and prepare again"
             raise DataError(str(self.folder), ABSENT, f"has no {name} samples", way_out)
         return PreparedSplit(self.folder / name, self.index["splits"][name])
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """Random access to the samples of one split."""
-
-    folder: Path
-    entry: dict[str, Any]
-
-    def __len__(self) -> int:
-        return int(self.entry["num_samples"])
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.entry["num_tokens"])
-
-    def rows(self, ids: Ints) -> list[Row]:
-        """The samples with these ids; `input_ids` are read-only views of the file, uint16 or int32."""
-        starts, batches = self._batches
-        numbers = np.searchsorted(starts, ids, side="right") - 1
-        return [_row(batches[b], int(i - starts[b])) for b, i in zip(numbers.tolist(), ids, strict=True)]
-
-    @cached_property
-    def _batches(self) -> tuple[Ints, list[dict[str, Any]]]:
-        """First sample id of each record batch, and each batch as numpy views: flat values and row offsets."""
-        import pyarrow
-
-        batches = []
-        for shard in self.entry["shards"]:
-            with pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.folder / shard["file"]))) as reader:
-                batches += [_views(batch) for batch in reader]
-        lengths = np.array([len(views["offsets"]) - 1 for views in batches], dtype=np.int64)
-        return np.cumsum(lengths) - lengths, batches
-
-
-def _views(batch: Any) -> dict[str, Any]:
-    tokens = batch.column("input_ids")
-    views = {"offsets": tokens.offsets.to_numpy(), "input_ids": tokens.values.to_numpy()}
-    if "label" in batch.schema.names:
-        views["label"] = batch.column("label").to_numpy()
-    return views
-
-
-def _row(views: dict[str, Any], i: int) -> Row:
-    start, stop = views["offsets"][i : i + 2]
-    row: Row = {"input_ids": views["input_ids"][start:stop]}
-    if "label" in views:
-        row["label"] = int(views["label"][i])
-    return row
 
 
 def open_prepared(spec: JobSpec, *, verify: bool = False) -> PreparedData:

@@ -1,0 +1,245 @@
+"""The samples of one prepared split, by memory map: rows as views of the files, or fixed-length rows as one block.
+
+A shard is mapped when it is first touched, so opening a folder costs nothing per shard. Mapped pages count as resident
+memory although they belong to the page cache; they are given back when they exceed `RESIDENT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from launcher.data.order import Ints
+from launcher.task import Row
+
+RESIDENT_BYTES = 160 << 20
+"""Mapped pages that may stay resident: what is touched again soon, far below a rank's share of a machine's memory."""
+
+CHECK_ROWS = 512
+"""Rows between two looks at the resident memory: the kernel maps 64 KiB around a touched page, so 32 MiB at most."""
+
+_MADV_DONTNEED = 4  # linux/mman.h; the pages stay in the page cache
+
+Allocate = Callable[[tuple[int, int]], NDArray[np.int64]]
+"""Makes an int64 array of a shape that is overwritten at once: ordinary memory, or pinned."""
+
+
+class TokenBlock(Sequence[Row]):
+    """Rows of equal length that hold tokens only, as one array (rows, tokens): a batch without another copy."""
+
+    def __init__(self, tokens: NDArray[np.int64]) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, which: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> TokenBlock: ...
+
+    def __getitem__(self, which: int | slice) -> Row | TokenBlock:
+        return TokenBlock(self.tokens[which]) if isinstance(which, slice) else {"input_ids": self.tokens[which]}
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """Random access to the samples of one split."""
+
+    folder: Path
+    entry: dict[str, Any]
+    locate: Callable[[dict[str, Any]], Path] | None = None
+    """Path of the shard with this entry of the index; by default a file of the folder."""
+
+    def __len__(self) -> int:
+        return int(self.entry["num_samples"])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.entry["num_tokens"])
+
+    def rows(self, ids: Ints) -> list[Row]:
+        """The samples with these ids, which they carry as `sample`; lists are read-only views of the file, in its type."""
+        self._pages.touch(len(ids))
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        places = (ids - self._starts[numbers]).tolist()
+        return [
+            {**self._shard(shard).row(place), "sample": int(sample)}
+            for shard, place, sample in zip(numbers.tolist(), places, ids, strict=True)
+        ]
+
+    def block(self, ids: Ints, allocate: Allocate | None = None) -> TokenBlock | None:
+        """The samples with these ids as one block, or None unless all of them hold tokens only and equally many."""
+        self._pages.touch(len(ids))
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        places = ids - self._starts[numbers]
+        tokens: NDArray[np.int64] | None = None
+        for number in np.flatnonzero(np.bincount(numbers)).tolist():
+            chosen = numbers == number
+            found = self._shard(number).windows(places[chosen])
+            if found is None or (tokens is not None and tokens.shape[1] != found[0].shape[1]):
+                return None
+            windows, starts = found
+            if tokens is None:
+                shape = (len(ids), windows.shape[1])
+                tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
+            tokens[chosen] = windows[starts]
+        return None if tokens is None else TokenBlock(tokens)
+
+    def lengths(self) -> Ints:
+        """Tokens of every sample, in their order: 8 bytes each."""
+        parts = [self._shard(number).lengths() for number in range(len(self.entry["shards"]))]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    @cached_property
+    def _starts(self) -> Ints:
+        """First sample id of each shard."""
+        lengths = np.array([shard["num_samples"] for shard in self.entry["shards"]], dtype=np.int64)
+        return np.cumsum(lengths) - lengths
+
+    @cached_property
+    def _open(self) -> dict[int, _Shard]:
+        return {}
+
+    @cached_property
+    def _pages(self) -> _Pages:
+        return _Pages(self._open)
+
+    def _shard(self, number: int) -> _Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            entry = self.entry["shards"][number]
+            path = self.locate(entry) if self.locate else self.folder / entry["file"]
+            shard = self._open[number] = _Shard(path)
+        return shard
+
+
+class _Shard:
+    """One Arrow stream file: where each record batch's rows begin, nothing per row."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        # closing gives the file descriptor back (a process has 1,024 of them); the mapping lives on with the buffer
+        with pyarrow.memory_map(str(path)) as file:
+            self.mapped = file.read_buffer()
+        with pyarrow.ipc.open_stream(pyarrow.BufferReader(self.mapped)) as reader:
+            self._batches = [_columns(batch) for batch in reader]
+        sizes = [len(columns["input_ids"].offsets) - 1 for columns in self._batches]
+        self._firsts = np.cumsum([0, *sizes])[:-1]
+
+    def row(self, place: int) -> Row:
+        number = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        at = place - int(self._firsts[number])
+        return {name: column[at] for name, column in self._batches[number].items()}
+
+    def lengths(self) -> Ints:
+        return np.concatenate([np.diff(columns["input_ids"].offsets).astype(np.int64) for columns in self._batches])
+
+    def windows(self, places: Ints) -> tuple[NDArray[Any], Ints] | None:
+        """Every stretch of a row's length in the file, and which of them the rows are; None if the rows are uneven."""
+        uniform = self._uniform
+        if uniform is None:
+            return None
+        numbers = np.searchsorted(self._firsts, places, side="right") - 1
+        within = places - self._firsts[numbers]
+        if (within >= uniform.counts[numbers]).any():
+            return None
+        return uniform.windows, uniform.bases[numbers] + within * uniform.length
+
+    @cached_property
+    def _uniform(self) -> _Uniform | None:
+        if any(set(columns) != {"input_ids"} for columns in self._batches):
+            return None
+        lists = [columns["input_ids"] for columns in self._batches]
+        length = int(lists[0].offsets[1] - lists[0].offsets[0])
+        counts = np.array([_leading(np.diff(column.offsets) == length) for column in lists], dtype=np.int64)
+        width = lists[0].values.itemsize
+        flat = np.frombuffer(self.mapped, dtype=lists[0].values.dtype, count=self.mapped.size // width)
+        starts = [int(column.offsets[0]) * width + column.values.ctypes.data for column in lists]
+        bases = (np.array(starts, dtype=np.int64) - flat.ctypes.data) // width
+        return _Uniform(length, sliding_window_view(flat, length), bases, counts)
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    """Rows of `length` tokens: `counts` of each record batch are, from its start at token `bases` of the file on."""
+
+    length: int
+    windows: NDArray[Any]
+    bases: Ints
+    counts: Ints
+
+
+def _leading(flags: NDArray[np.bool_]) -> int:
+    """How many are true before the first that is not."""
+    return int(flags.size if flags.all() else flags.argmin())
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A list column of a record batch."""
+
+    offsets: NDArray[Any]
+    values: NDArray[Any]
+
+    def __getitem__(self, i: int) -> NDArray[Any]:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    values: NDArray[Any]
+
+    def __getitem__(self, i: int) -> Any:
+        value = self.values[i]
+        return value.item() if isinstance(value, np.generic) else value
+
+
+def _columns(batch: Any) -> dict[str, Any]:
+    import pyarrow
+
+    columns: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pyarrow.types.is_list(column.type):
+            columns[name] = _Lists(column.offsets.to_numpy(), column.values.to_numpy())
+        else:
+            columns[name] = _Scalars(column.to_numpy(zero_copy_only=False))
+    return columns
+
+
+class _Pages:
+    """Gives mapped pages back to the page cache when the process keeps too many resident. Linux only, elsewhere idle."""
+
+    def __init__(self, shards: dict[int, _Shard]) -> None:
+        self._shards = shards
+        self._num_rows = 0
+        self._base = _resident_shared_bytes()
+
+    def touch(self, num_rows: int) -> None:
+        self._num_rows += num_rows
+        if self._num_rows < CHECK_ROWS or self._base is None:
+            return
+        self._num_rows = 0
+        if (_resident_shared_bytes() or 0) - self._base > RESIDENT_BYTES:
+            madvise = ctypes.CDLL(None).madvise
+            for shard in list(self._shards.values()):
+                madvise(ctypes.c_void_p(shard.mapped.address), ctypes.c_size_t(shard.mapped.size), _MADV_DONTNEED)
+
+
+def _resident_shared_bytes() -> int | None:
+    """File-backed resident memory of this process: the third number of /proc/self/statm, in pages (proc(5))."""
+    if sys.platform != "linux":
+        return None
+    return int(Path("/proc/self/statm").read_bytes().split()[2]) * resource.getpagesize()
