@@ -43,10 +43,12 @@ def plan(
 
 def made_plan(spec_path: Path, overrides: list[str]) -> tuple[JobSpec, Plan]:
     from launcher.cost.cache import cached_cost
+    from launcher.emit import check_runnable
     from launcher.job import load_cluster, load_spec
     from launcher.plan import make_plan
 
     spec = load_spec(spec_path, overrides)
+    check_runnable(spec)
     cluster = load_cluster(spec.cluster.name)
     return spec, make_plan(spec, cached_cost(spec), cluster)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "mics", "fsdp", "hsdp"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "fsdp", "hsdp"]
 Offload = Literal["none", "cpu", "nvme"]
 Auto = Literal["auto"]
 
@@ -177,7 +177,7 @@ class TrainingSection(Section):
 
 class ParallelSection(ShorthandSection):
     strategy: Strategy | Auto = "auto"
-    """How the model state is sharded over the ranks: ddp, fsdp, hsdp (torch FSDP2, sharded within groups of ranks), zero1, zero2, zero3, hpz (zero3 with a second copy of the parameters in each group), mics (zero3 within groups) of DeepSpeed."""
+    """How the model state is sharded over the ranks: ddp, fsdp, hsdp (torch FSDP2, sharded within groups of ranks), zero1, zero2, zero3, hpz (zero3 with a second copy of the parameters in each group) of DeepSpeed."""
     micro_batch_size: PositiveInt | Auto = "auto"
     """Samples per rank in one forward and backward pass."""
     recompute: Literal["none", "full"] | Auto = "auto"
@@ -185,7 +185,7 @@ class ParallelSection(ShorthandSection):
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] | Auto = "auto"
     """Arithmetic of forward and backward; `auto` follows the hardware. Master weights and moments stay fp32, but for `pure_bf16`, where all is bf16 (ddp, fsdp, hsdp). `fp16`, with a scaled loss, is DeepSpeed's."""
     shard_group_size: PositiveInt | Auto = "auto"
-    """Ranks of a group, for hsdp, hpz and mics: a divisor of their number, best those of one node."""
+    """Ranks of a group, for hsdp and hpz: a divisor of their number, best those of one node."""
     reshard_after_forward: Bool | Auto = "auto"
     """fsdp and hsdp: free the gathered parameters after forward and gather them again for backward; false keeps them."""
     offload_optimizer: Offload | Auto = "auto"

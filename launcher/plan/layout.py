@@ -14,9 +14,8 @@ ENGINE_OF: dict[str, Engine] = {
     "zero2": "deepspeed",
     "zero3": "deepspeed",
     "hpz": "deepspeed",
-    "mics": "deepspeed",
 }
-GROUPED = ("hsdp", "hpz", "mics")
+GROUPED = ("hsdp", "hpz")
 """Strategies that shard within groups of ranks."""
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "pure_bf16": 2}
@@ -39,7 +38,7 @@ class Layout:
     """`none` or `full`."""
     precision: str
     shard_group_size: int = 0
-    """hsdp, hpz and mics: ranks of a group; 0 for the others."""
+    """hsdp and hpz: ranks of a group; 0 for the others."""
     reshard_after_forward: bool = True
     """fsdp and hsdp: whether gathered parameters are freed between forward and backward."""
     offload_optimizer: str = "none"
