@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from launcher.command import data, launch, plan, spec, tools
+from launcher.command import data, doctor, launch, plan, spec, tools
 from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, FleetuneError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(launch.launch)
 app.command(context_settings=FORWARDED, add_help_option=False)(tools.convert)
 app.command("eval", context_settings=FORWARDED, add_help_option=False)(tools.evaluate)
 app.command()(tools.demo)
+app.command()(doctor.doctor)
 
 
 def main(argv: list[str] | None = None) -> None:

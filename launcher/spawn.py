@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -18,10 +18,14 @@ def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]
 
     The module is found beside this one: `deepspeed launcher/run.py` works in a checkout that was never installed.
     """
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, "PYTHONPATH": _python_path()}
     argv = [sys.executable, "-m", module]
     return subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False, env=environment)
+
+
+def _python_path() -> str:
+    """This checkout first, so that modules are found beside this one."""
+    return os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
 def run_until_done(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -67,3 +71,22 @@ def _signal_leaves(pid: int, number: int) -> None:
 def sbatch(script: Path) -> subprocess.CompletedProcess[str]:
     """Hand a batch script to Slurm; stdout is the job's id. Raises `FileNotFoundError` where there is no sbatch."""
     return subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+
+
+def run_ranks(
+    module: str, num_ranks: int, arguments: Sequence[str], environment: Mapping[str, str], hear: Callable[[str], None]
+) -> int:
+    """Run `module` in ranks of this machine under torchrun; `hear` gets each line they write. Returns the exit code."""
+    ranks = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", module, *arguments]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *ranks],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": _python_path(), **environment},
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        hear(line.rstrip())
+    return child.wait()

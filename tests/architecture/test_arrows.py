@@ -58,7 +58,9 @@ ARROWS: dict[str, set[str]] = {
         "launcher.errors",
         "launcher.units",
     },
+    "launcher.doctor": {"launcher.job", "launcher.spawn", "launcher.errors", "launcher.units"},
     "launcher.command": {
+        "launcher.doctor",
         "launcher.run",
         "launcher.train",
         "launcher.emit",
@@ -87,6 +89,9 @@ LIGHT: dict[str, set[str]] = {
     "launcher.cost.cache": set(),
     "launcher.plan": set(),
     "launcher.emit": set(),
+    "launcher.doctor.values": set(),
+    "launcher.doctor.fit": set(),
+    "launcher.doctor.cluster_file": {"yaml"},
 }
 STARTS_PROCESSES = {"launcher/spawn.py"}
 READS_ENVIRONMENT = {

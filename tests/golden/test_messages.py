@@ -230,6 +230,11 @@ CASES = [
     Case("prepare with a bad spec", "prepare job.yaml --set seed=x"),
     Case("launch with a bad spec", "launch job.yaml --set seed=x"),
     Case("launch on many nodes", "launch job.yaml --set cluster.nodes=2"),
+    Case("doctor writes no other file", "doctor --write-cluster here.txt"),
+    Case("doctor over a file", "doctor --write-cluster cluster.yaml"),
+    Case("doctor into a folder that is not there", "doctor --write-cluster new/here.yaml"),
+    Case("doctor of an unknown device", "doctor --write-cluster here.yaml --device tpu"),
+    Case("doctor of no disk", "doctor --write-cluster here.yaml --nvme ./nowhere"),
     Case("launch of what does not fit", "launch job.yaml --set cluster.name=none"),
 ]
 
