@@ -48,13 +48,15 @@ def job(folder: Path, corpus: Path, family: str, **overrides: Any) -> dict[str, 
         "output_dir": str(folder),
         "model": {"from_config": dict(GPT if family == "gpt" else BERT)},
         "task": "causal_lm" if family == "gpt" else "sequence_classification",
-        "data": {"train": str(corpus), "packing": "none", "train_tokenizer": {"vocab_size": 400}},
+        "data": {"train": str(corpus), "train_tokenizer": {"vocab_size": 400}},
         "training": {"seq_len": 48, "global_batch_size": BATCH, "max_steps": 20, "lr": 2e-3, "warmup_steps": 3},
         "cluster": {"name": "cpu", "gpus_per_node": 2},
         "tracking": {"log_every_steps": 1},
         "seed": 11,
     }
     raw["training"] |= {"weight_decay": 0.1}
+    if family == "gpt":
+        raw["data"] |= {"packing": "none"}
     for dotted, value in overrides.items():
         *path, last = dotted.split("__")
         node = raw

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,20 +23,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from launcher.data.formats import Columns
 from launcher.data.prepared import PreparedData, damages, read_index
-from launcher.data.read import Columns, in_lists, read_records
+from launcher.data.read import in_lists, read_records
 from launcher.data.sources import find_sources
 from launcher.data.tokenizer import TokenizerSource, load_tokenizer, local_files, num_ids
 from launcher.errors import ABSENT, EXIT_DONE, DataError, ModelError, UserError
-from launcher.task import Record, Row, Task
-from launcher.task.causal_lm import CausalLM
-from launcher.task.sequence_classification import SequenceClassification
+from launcher.job import JobSpec, parse_spec
+from launcher.job.load import apply_override
+from launcher.job.tasks import FIELDS, WRITERS, belongs
+from launcher.task import Facts, Record, Row, Task, logits_of, task_of
+from launcher.train.engine import model_inputs
 from tools.open_model import check_length, check_vocabulary, labels_of, open_model
 
-TASKS = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+TASKS = tuple(FIELDS)
 DEFAULT_SEQ_LEN = 1024  # tokens, where the model takes as many: the context of the published GPT-2 perplexities
 TOKENIZE_RECORDS = 256  # records tokenised at once: enough for the tokenizer's threads, little beside a batch
-_FILE_OPTIONS = ("text_column", "label_column", "seq_len", "format", "sample_by", "packing")
+_FILE_OPTIONS = ("text_column", "label_column", "seq_len", "format", "sample_by", "packing", "set")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,7 @@ def evaluate(
     with torch.inference_mode():
         for some in _batches(rows, batch_size):
             batch = {name: tensor.to(model.device) for name, tensor in task.collate(some, pad_id).items()}
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            metrics.update(output.logits, batch)
+            metrics.update(logits_of(model(**model_inputs(batch))), batch)
             num_samples += len(some)
             if progress is not None:
                 progress(num_samples)
@@ -117,7 +119,7 @@ def _prepared_samples(model: Any, options: argparse.Namespace) -> Samples:
     _same_tokenizer(options.model, data)
     check_vocabulary(model, data.vocab_size, "--prepared")
     check_length(model, data.index["seq_len"], "--prepared")
-    task = _task(options.task, data.index["seq_len"], data.index["packing"], data.labels)
+    task = task_of(_prepared_spec(data), data.facts)
     if data.labels is not None and data.labels != labels_of(model):
         rule = f"has the labels {', '.join(data.labels)}, the model {', '.join(labels_of(model))}"
         raise DataError("--prepared", str(options.prepared), rule, "give data prepared for this model")
@@ -141,32 +143,50 @@ def _file_samples(model: Any, options: argparse.Namespace) -> Samples:
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
     seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, limit)
     check_length(model, seq_len, "--seq-len")
-    if options.task == "causal_lm" and tokenizer.eos_token_id is None:
-        rule = "has a tokenizer without an end-of-text token (eos), which stands between documents"
+    if options.task in WRITERS and tokenizer.eos_token_id is None:
+        rule = "has a tokenizer without an end-of-text token (eos), with which a text ends"
         raise ModelError("MODEL", str(options.model), rule, "give the tokenizer an eos_token")
-    labels = labels_of(model) if options.task == "sequence_classification" else None
-    task = _task(options.task, seq_len, options.packing or "concat", labels)
-    rows = task.rows(in_lists(_records(options, labels), TOKENIZE_RECORDS), tokenizer)
+    spec = _file_spec(options, seq_len)
+    labels = labels_of(model) if belongs("task", "labels", options.task) else ()
+    facts = Facts(labels, (), num_ids(tokenizer), tokenizer.mask_token_id)
+    task = task_of(spec, facts)
+    rows = task.rows(in_lists(_records(spec, labels), TOKENIZE_RECORDS), tokenizer)
     return Samples(task, rows, None, "--data")
 
 
-def _task(name: str, seq_len: int, packing: Any, labels: tuple[str, ...] | None) -> Task:
-    if name == "causal_lm":
-        return CausalLM(seq_len, packing)
-    assert labels is not None, "a classifier's config has names for its classes"
-    return SequenceClassification(seq_len, labels)
+def _prepared_spec(data: PreparedData) -> JobSpec:
+    """The part of the spec that prepared data remember: what was learnt, and how it was cut."""
+    packing = {"packing": data.index["packing"]} if data.index["packing"] else {}
+    return _spec(data.index["task_options"], {"train": str(data.folder), **packing}, data.index["seq_len"], [])
 
 
-def _records(options: argparse.Namespace, labels: tuple[str, ...] | None) -> Iterator[Record]:
+def _file_spec(options: argparse.Namespace, seq_len: int) -> JobSpec:
+    """A job that would read these files so; its options are checked like any job's."""
+    given = {key: getattr(options, key) for key in ("format", "sample_by", "packing") if getattr(options, key)}
+    columns = {"text": options.text_column, "label": options.label_column}
+    given["columns"] = {field: name for field, name in columns.items() if name}
+    return _spec({"name": options.task}, {"train": list(options.data), **given}, seq_len, options.set or [])
+
+
+def _spec(task: dict[str, Any], data: dict[str, Any], seq_len: int, overrides: Sequence[str]) -> JobSpec:
+    training = {"seq_len": seq_len, "global_batch_size": 1, "max_steps": 1}
+    raw = {"output_dir": "none", "model": {"path": "none"}, "task": task, "data": data, "training": training}
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_spec(raw)
+
+
+def _records(spec: JobSpec, labels: tuple[str, ...]) -> Iterator[Record]:
     """The records of the files, each label one that the model knows."""
-    sources = find_sources("--data", tuple(options.data), options.format)
-    label_column = None if labels is None else options.label_column or "label"
-    columns = Columns(options.text_column or "text", label_column, None)
-    for record in read_records(sources, columns, options.sample_by or "document"):
-        if labels is not None and record.label not in labels:
-            where = f"{record.file}:{record.line}: {label_column}"
+    assert not isinstance(spec.data.train, str)
+    sources = find_sources("--data", spec.data.train, spec.data.format)
+    columns = Columns.of(spec)
+    for record in read_records(sources, columns, spec.data.sample_by):
+        unknown = [label for label in record.labels if labels and label not in labels]
+        if unknown:
             rule = f"is not a label of the model, which knows {', '.join(labels)}"
-            raise DataError(where, record.label, rule, "score it on texts of these labels")
+            where = f"{record.where}: {columns.name('label')}"
+            raise DataError(where, unknown[0], rule, "score it on texts of these labels")
         yield record
 
 
@@ -197,9 +217,15 @@ def _task_name(options: argparse.Namespace) -> str:
     return str(options.task or found)
 
 
+def _auto_class(options: argparse.Namespace) -> str:
+    """The head that the task asks for; nothing of the data matters for that."""
+    spec = _spec({"name": options.task}, {"train": "none"}, DEFAULT_SEQ_LEN, [])
+    return task_of(spec, Facts(labels=("one", "other"))).auto_class
+
+
 def _run(options: argparse.Namespace) -> Scores:
     _check_options(options)
-    model = open_model(options.model, TASKS[options.task], options.task)
+    model = open_model(options.model, _auto_class(options), options.task)
     samples = (_prepared_samples if options.prepared else _file_samples)(model, options)
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -220,22 +246,25 @@ def _shown(options: argparse.Namespace, scores: Scores) -> str:
         said = {"task": options.task, "model": str(options.model), "data": source}
         return json.dumps({**said, "num_samples": scores.num_samples, "metrics": scores.metrics}) + "\n"
     lines = [f"{options.model} on {source}: {scores.num_samples} samples"]
-    return "\n".join([*lines, *(f"  {name:<10} {value:.6g}" for name, value in scores.metrics.items())]) + "\n"
+    return "\n".join([*lines, *(f"  {name:<18} {value:.6g}" for name, value in scores.metrics.items())]) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=str(__doc__).partition("\n")[0])
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder that transformers opens")
-    parser.add_argument("--task", choices=tuple(TASKS), help="what is scored; prepared data knows it")
+    parser.add_argument("--task", choices=TASKS, help="what is scored; prepared data knows it")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="files, folders or globs, as in a job spec")
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="prepared data: its held-out samples are scored")
     parser.add_argument("--text-column", help="default: text")
     parser.add_argument("--label-column", help="default: label")
-    parser.add_argument("--format", choices=("text", "jsonl", "csv", "tsv", "parquet"), help="default: by the suffix")
+    parser.add_argument("--format", help="as in a job spec; default: by the suffix")
     parser.add_argument("--sample-by", choices=("document", "paragraph", "line"), help="text files; default: document")
     parser.add_argument("--packing", choices=("concat", "none"), help="causal_lm, as in a job spec; default: concat")
     parser.add_argument(
         "--seq-len", type=int, help=f"tokens per sample; default: the model's, at most {DEFAULT_SEQ_LEN}"
+    )
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="a key of task or data as in a job spec: task.doc_stride=64"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -29,7 +29,7 @@ from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes, Te
 from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
-from launcher.task import Task, task_of
+from launcher.task import Facts, Task, task_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LONGEST_TRACE = 64  # tokens: little to run, enough to tell the linear from the quadratic
@@ -38,14 +38,14 @@ WIDE = 17  # samples: far from 1, so that what is particular to a batch of one w
 
 def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
     """Cost of the spec's model. Raises `ModelError` when transformers cannot build or run it."""
-    task = task_of(spec, labels=("one", "other"))  # two classes, where the spec leaves them to the data
+    task = task_of(spec, Facts(labels=("one", "other")))  # two classes, where the spec leaves them to the data
     config = model_config(spec, vocab_size, task.config_overrides)
     saved = {}
     for precision, dtype in DTYPES.items():
         with FakeTensorMode(), no_init_weights():
             model = _build(task, config, dtype)
             saved[precision], flops = _fit_or_refuse(model)
-    return _counts(spec, config, model, saved, flops)
+    return _counts(task, config, model, saved, flops)
 
 
 def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
@@ -70,11 +70,10 @@ def _fit_or_refuse(model: Any) -> tuple[SavedBytes, Flops]:
         ) from None
 
 
-def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes], flops: Flops) -> ModelCost:
+def _counts(task: Task, config: Any, model: Any, saved: dict[str, SavedBytes], flops: Flops) -> ModelCost:
     blocks = blocks_of(model)
     block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     num_params = sum(p.numel() for p in model.parameters())
-    per_token = spec.task.name == "causal_lm"
     return ModelCost(
         architecture=type(model).__name__,
         num_params=num_params,
@@ -82,8 +81,8 @@ def _counts(spec: JobSpec, config: Any, model: Any, saved: dict[str, SavedBytes]
         num_blocks=len(blocks),
         block_num_params=max(block_sizes, default=0),
         outside_num_params=num_params - sum(block_sizes),
-        logits_width=config.vocab_size if per_token else config.num_labels,
-        logits_per_token=per_token,
+        logits_width=task.logits_width(config),
+        logits_per_token=task.logits_per_token,
         max_positions=_max_positions(config),
         saved=saved,
         flops=flops,

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from launcher.job.spec import JobSpec
+from launcher.job.tasks import DATA_OPTIONS, SHAPE_ROWS, belongs
 
 FORMAT_VERSION = 1
 """Raised when the same options would give other shards, so that data of an older release is not taken for new."""
@@ -27,16 +28,16 @@ def relevant_options(spec: JobSpec) -> dict[str, Any]:
         "train": _as_list(data.train),
         "format": data.format,
         "sample_by": data.sample_by,
-        "text_column": data.text_column,
+        "columns": data.columns,
+        "header": data.header,
         "tokenizer": data.tokenizer,
         "train_tokenizer": data.train_tokenizer and data.train_tokenizer.model_dump(),
     }
     options["validation"] = _as_list(data.validation) if data.validation else data.validation_fraction
     if data.tokenizer is None and data.train_tokenizer is None:
         options["model"] = spec.model.path or spec.model.from_config
-    if spec.task.name == "causal_lm":
-        return {**options, "packing": data.packing}
-    return {**options, "label_column": data.label_column, "labels": spec.task.labels}
+    options |= {key: getattr(data, key) for key in DATA_OPTIONS if belongs("data", key, spec.task.name)}
+    return options | {key: getattr(spec.task, key) for key in SHAPE_ROWS if belongs("task", key, spec.task.name)}
 
 
 def digest_of(parts: Iterable[Any]) -> str:

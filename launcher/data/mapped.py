@@ -102,6 +102,14 @@ class PreparedSplit:
         parts = [self._shard(number).lengths() for number in range(len(self.entry["shards"]))]
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
+    def label_counts(self, num_labels: int) -> tuple[int, ...]:
+        """How often each class stands in the column `label`, be it one per sample or several; 0s where there is none."""
+        counts = np.zeros(num_labels, dtype=np.int64)
+        for number in range(len(self.entry["shards"])):
+            for ids in self._shard(number).cells("label"):
+                counts += np.bincount(ids, minlength=num_labels)
+        return tuple(counts.tolist())
+
     @cached_property
     def _starts(self) -> Ints:
         """First sample id of each shard."""
@@ -146,6 +154,11 @@ class _Shard:
 
     def lengths(self) -> Ints:
         return np.concatenate([np.diff(columns["input_ids"].offsets).astype(np.int64) for columns in self._batches])
+
+    def cells(self, name: str) -> list[NDArray[Any]]:
+        """All values of a column, one array per record batch; none where there is no such column."""
+        columns = [columns[name] for columns in self._batches if name in columns]
+        return [c.values[c.offsets[0] : c.offsets[-1]] if isinstance(c, _Lists) else c.values for c in columns]
 
     def windows(self, places: Ints) -> tuple[NDArray[Any], Ints] | None:
         """Every stretch of a row's length in the file, and which of them the rows are; None if the rows are uneven."""

@@ -18,14 +18,16 @@ from typing import Any
 
 from launcher.checksum import file_digest
 from launcher.data.fingerprint import digest_of, options_fingerprint
-from launcher.data.prepared import INDEX_NAME, INDEX_VERSION, damages, read_index
-from launcher.data.read import Columns, in_lists, read_records
-from launcher.data.shards import write_json, write_split
+from launcher.data.formats import Columns
+from launcher.data.prepared import INDEX_NAME, INDEX_VERSION, damages, facts_of, read_index
+from launcher.data.read import in_lists, read_records
+from launcher.data.shards import Schema, write_json, write_split
 from launcher.data.sources import Source, find_sources
 from launcher.data.split import is_held_out, share_of
 from launcher.data.tokenizer import load_tokenizer, num_ids, tokenizer_digest, tokenizer_source
 from launcher.errors import ABSENT, DataError
 from launcher.job.spec import JobSpec
+from launcher.job.tasks import WRITERS, belongs
 from launcher.task import Record, task_of
 
 Progress = Callable[[str, int], None]
@@ -156,7 +158,7 @@ class _Corpus:
     def find_labels(self) -> tuple[str, ...]:
         """The labels of the training files, sorted: as numbers if all are, so that class 10 is not before 2."""
         records = read_records(self.train, self.columns, self.spec.data.sample_by)
-        labels = {str(record.label) for record in self._counted(records, "finding labels")}
+        labels = {label for record in self._counted(records, "finding labels") for label in record.labels}
         are_numbers = all(label.removeprefix("-").isdecimal() for label in labels)
         return tuple(sorted(labels, key=lambda label: (int(label), label) if are_numbers else (0, label)))
 
@@ -177,12 +179,14 @@ def _build(corpus: _Corpus, folder: Path) -> dict[str, Any]:
         "fingerprint": corpus.fingerprint,
         "options_fingerprint": options_fingerprint(corpus.spec),
         "task": corpus.spec.task.name,
+        "task_options": corpus.spec.task.model_dump(mode="json"),
         "labels": labels,
         "seq_len": corpus.spec.training.seq_len,
-        "packing": corpus.spec.data.packing if labels is None else None,
+        "packing": corpus.spec.data.packing if belongs("data", "packing", corpus.spec.task.name) else None,
         "vocab_size": num_ids(tokenizer),
         "eos_id": tokenizer.eos_token_id,
         "pad_id": _pad_id(tokenizer),
+        "mask_id": tokenizer.mask_token_id,
         "splits": {},
         "libraries": {name: version(name) for name in ("pyarrow", "sentencepiece", "tokenizers", "transformers")},
     }
@@ -195,7 +199,7 @@ def _build(corpus: _Corpus, folder: Path) -> dict[str, Any]:
 
 def _settle_labels(corpus: _Corpus) -> list[str] | None:
     """The names of the classes by id; from here on the reader refuses any other."""
-    if corpus.columns.label is None:
+    if not belongs("task", "labels", corpus.spec.task.name):
         return None
     labels = corpus.spec.task.labels or corpus.find_labels()
     if not labels:
@@ -217,12 +221,12 @@ def _make_tokenizer(corpus: _Corpus, folder: Path) -> Any:
         from launcher.data.train_pieces import train_sentencepiece
 
         texts = _tokenizer_texts(corpus)
-        is_classifier = corpus.columns.label is not None
-        return train_sentencepiece(texts, wanted.kind, wanted.vocab_size, folder, add_cls_sep=is_classifier)
+        is_framed = corpus.spec.task.name not in WRITERS
+        return train_sentencepiece(texts, wanted.kind, wanted.vocab_size, folder, add_cls_sep=is_framed)
     source = tokenizer_source(corpus.spec)
     tokenizer = load_tokenizer(source)
-    if corpus.columns.label is None and tokenizer.eos_token_id is None:
-        rule = "has no end-of-text token (eos), which causal_lm puts between documents"
+    if corpus.spec.task.name in WRITERS and tokenizer.eos_token_id is None:
+        rule = f"has no end-of-text token (eos), with which a text of {corpus.spec.task.name} ends"
         raise DataError(source.option, source.name, rule, "give a tokenizer with an eos_token, or data.train_tokenizer")
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -252,10 +256,10 @@ def _write(corpus: _Corpus, split: str, tokenizer: Any, index: dict[str, Any], f
             num_records += len(some)
             yield some
 
-    rows = task_of(corpus.spec, index["labels"]).rows(counted(), tokenizer)
-    entry = write_split(
-        folder / split, rows, index["vocab_size"], index["labels"], digest_of([index["fingerprint"], split])
-    )
+    task = task_of(corpus.spec, facts_of(index))
+    columns = Schema(task.columns, index["vocab_size"], index["labels"])
+    rows = task.rows(counted(), tokenizer)
+    entry = write_split(folder / split, rows, columns, digest_of([index["fingerprint"], split]))
     if entry["num_samples"] == 0:
         raise _empty(corpus, split, num_records)
     return {"num_samples": entry["num_samples"], "num_tokens": entry["num_tokens"], "num_records": num_records, **entry}

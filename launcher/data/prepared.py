@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from launcher.data.fingerprint import options_fingerprint
 from launcher.data.mapped import PreparedSplit
 from launcher.errors import ABSENT, DataError, Problem
 from launcher.job.spec import JobSpec
+from launcher.task import Facts
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 _MADE_BY = "run `fleetune prepare` with the spec of this run"
 _MADE_AGAIN = "make it again with `fleetune prepare --force`"
 
@@ -36,6 +38,14 @@ class PreparedData:
     def labels(self) -> tuple[str, ...] | None:
         """Names of the classes by id; None where the task has none."""
         return None if self.index["labels"] is None else tuple(self.index["labels"])
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the task learns from the data."""
+        facts = facts_of(self.index)
+        if not facts.labels:
+            return facts
+        return facts._replace(label_counts=self.split("train").label_counts(len(facts.labels)))
 
     @property
     def vocab_size(self) -> int:
@@ -61,6 +71,11 @@ class PreparedData:
             way_out = "set data.validation, or a data.validation_fraction above 0, and prepare again"
             raise DataError(str(self.folder), ABSENT, f"has no {name} samples", way_out)
         return PreparedSplit(self.folder / name, self.index["splits"][name])
+
+
+def facts_of(index: dict[str, Any]) -> Facts:
+    """What an index says to a task; the counts of labels stand in the samples."""
+    return Facts(tuple(index["labels"] or ()), (), index["vocab_size"], index["mask_id"])
 
 
 def open_prepared(spec: JobSpec, *, verify: bool = False) -> PreparedData:

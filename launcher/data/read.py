@@ -6,7 +6,6 @@ Memory holds one record (for parquet, one batch of rows; for `sample_by: documen
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import json
 import shutil
@@ -15,35 +14,15 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
+from launcher.data.formats import Columns, check_columns, record_of, required
 from launcher.data.sources import Source
 from launcher.errors import ABSENT, DataError
-from launcher.job.spec import JobSpec
 from launcher.task import Record
 
 PARQUET_BATCH_ROWS = 1000
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What to take from a row. `label` is None where the task has no labels; `labels`, the only ones allowed."""
-
-    text: str
-    label: str | None
-    labels: frozenset[str] | None
-
-    @classmethod
-    def of(cls, spec: JobSpec) -> Columns:
-        if spec.task.name == "causal_lm":
-            return cls(spec.data.text_column, None, None)
-        return cls(spec.data.text_column, spec.data.label_column, frozenset(spec.task.labels or ()) or None)
-
-    @property
-    def names(self) -> list[str]:
-        return [self.text] if self.label is None else [self.text, self.label]
 
 
 def read_records(sources: Iterable[Source], columns: Columns, sample_by: str) -> Iterator[Record]:
@@ -90,9 +69,10 @@ def _decoded(source: Source, number: int, line: bytes) -> str:
 
 
 def _read_text(source: Source, columns: Columns, sample_by: str) -> Iterator[Record]:
-    if columns.label is not None:
-        way_out = "give jsonl, csv, tsv or parquet files with a text and a label column"
-        raise DataError(str(source.path), ABSENT, "is a text file, which holds no labels", way_out)
+    if required(columns.task) != ("text",):
+        rule = f"is a text file, which holds no records of {columns.task}"
+        way_out = "give jsonl, csv, tsv or parquet files with its columns, or set data.format"
+        raise DataError(str(source.path), ABSENT, rule, way_out)
     with _opened(source) as file:
         for line, text in _pieces(_lines(source, file), sample_by):
             yield Record(text, None, str(source.path), line)
@@ -124,7 +104,7 @@ def _read_table(source: Source, columns: Columns) -> Iterator[Record]:
     readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     with _opened(source) as file:
         for line, row in readers[source.format](source, file, columns):
-            yield _record(source, line, row, columns)
+            yield record_of(str(source.path), line, row, columns)
 
 
 def _jsonl_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -150,9 +130,10 @@ def _csv_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tup
     reader = csv.reader(
         lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
     )
-    header = next(reader, [])
+    header = list(columns.header or next(reader, []))
     if header:
-        _check_columns(f"{source.path}:1", columns, header, "name the columns in the first line")
+        otherwise = "name the columns in the first line, or by data.header"
+        check_columns(f"{source.path}:1", columns, required(columns.task), header, otherwise)
     first = reader.line_num + 1  # a quoted text may span lines: a row is named by its first
     for fields in reader:
         if fields and len(fields) != len(header):
@@ -170,11 +151,10 @@ def _parquet_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator
     with _seekable(source, file) as seekable:
         try:
             table = parquet.ParquetFile(seekable)
-            _check_columns(
-                str(source.path), columns, table.schema_arrow.names, "set data.text_column, data.label_column"
-            )
+            found = table.schema_arrow.names
+            check_columns(str(source.path), columns, required(columns.task), found, "name them in data.columns")
             number = 0
-            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names):
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns.wanted(found)):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -195,48 +175,3 @@ def _seekable(source: Source, file: IO[bytes]) -> Iterator[IO[bytes]]:
         shutil.copyfileobj(file, unzipped)
         unzipped.seek(0)
         yield unzipped
-
-
-def _check_columns(where: str, columns: Columns, found: Sequence[str], otherwise: str) -> None:
-    for name in columns.names:
-        if name not in found:
-            option = "data.text_column" if name == columns.text else "data.label_column"
-            close = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
-            way_out = f"did you mean {option}: {close[0]}?" if close else otherwise
-            raise DataError(where, ABSENT, f"has no column `{name}` but {', '.join(found)}", way_out)
-
-
-def _record(source: Source, line: int, row: dict[str, Any], columns: Columns) -> Record:
-    where = f"{source.path}:{line}"
-    _check_columns(where, columns, list(row), "every row needs it")
-    text = row[columns.text]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {columns.text}", text, "is not a text", "give a string, or another data.text_column")
-    if not _is_unicode(text):
-        raise DataError(f"{where}: {columns.text}", ABSENT, "holds half a surrogate pair", "mend the \\ud800 escape")
-    label = None if columns.label is None else _label(f"{where}: {columns.label}", row[columns.label], columns.labels)
-    return Record(text, label, str(source.path), line)
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can spell a lone surrogate, which no encoding and no tokenizer takes."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _label(where: str, value: Any, allowed: frozenset[str] | None) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(where, value, "is not a label", "give a text or a whole number")
-    label = str(value)
-    if not label:
-        raise DataError(where, value, "is an empty label", "give each record a label, or leave the record out")
-    if allowed is not None and label not in allowed:
-        close = difflib.get_close_matches(label, sorted(allowed), n=1, cutoff=0.5)
-        way_out = f"did you mean `{close[0]}`?" if close else f"task.labels are {', '.join(sorted(allowed))}"
-        raise DataError(where, label, "is not one of task.labels", way_out)
-    return label

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launcher.checksum import file_digest
-from launcher.task import Row
+from launcher.task import Kind, Row
 
 BATCH_ROWS = 1000
 """Rows per record batch, as in `datasets`: a batch of 1,000 rows of 1,024 uint16 tokens is 2 MiB."""
@@ -23,18 +24,65 @@ SHARD_BYTES = 64 << 20
 
 _UINT16_IDS = 1 << 16
 
+_LISTS = ("tokens", "bytes", "ints", "classes")
+_DTYPES: dict[Kind, str] = {
+    "bytes": "uint8",
+    "ints": "int32",
+    "classes": "int64",
+    "class": "int64",
+    "int": "int64",
+    "float": "float64",
+    ,
+}
+"""Arrow's types; `datasets` keeps class ids as int64, and tokens have their own rule."""
+
 
 def token_dtype(vocab_size: int) -> str:
     """Two bytes per token where all ids fit."""
     return "uint16" if vocab_size <= _UINT16_IDS else "int32"
 
 
-def write_split(
-    folder: Path, rows: Iterable[Row], vocab_size: int, labels: Sequence[str] | None, fingerprint: str
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Schema:
+    """What the columns of a split hold."""
+
+    columns: dict[str, Kind]
+    vocab_size: int
+    labels: Sequence[str] | None = None
+
+    def dtype(self, column: str) -> str:
+        """Of a cell, or of what its list holds."""
+        kind = self.columns[column]
+        return token_dtype(self.vocab_size) if kind == "tokens" else _DTYPES[kind]
+
+    def is_list(self, column: str) -> bool:
+        return self.columns[column] in _LISTS
+
+    def features(self) -> dict[str, Any]:
+        """`datasets.Features` as they stand in JSON."""
+        return {name: self._feature(name) for name in self.columns}
+
+    def _feature(self, name: str) -> dict[str, Any]:
+        is_class = self.columns[name] in ("class", "classes")
+        names = {"names": list(self.labels or ()), "_type": "ClassLabel"}
+        cell = names if is_class else {"dtype": self.dtype(name), "_type": "Value"}
+        return {"feature": cell, "_type": "List"} if self.is_list(name) else cell
+
+    def arrow(self) -> Any:
+        import pyarrow
+
+        types = {name: getattr(pyarrow, self.dtype(name))() for name in self.columns}
+        fields = [
+            (name, pyarrow.list_(pyarrow.field("item", cell)) if self.is_list(name) else cell)
+            for name, cell in types.items()
+        ]
+        about = json.dumps({"info": {"features": self.features()}})
+        return pyarrow.schema(fields, metadata={"huggingface": about})
+
+
+def write_split(folder: Path, rows: Iterable[Row], schema: Schema, fingerprint: str) -> dict[str, Any]:
     """Write every row; returns the split's entry of the index: samples, tokens, shards with sizes and checksums."""
-    features = _features(token_dtype(vocab_size), labels)
-    writer = _ShardWriter(folder, features, token_dtype(vocab_size))
+    writer = _ShardWriter(folder, schema)
     for row in rows:
         writer.add(row)
     shards = writer.close()
@@ -46,7 +94,7 @@ def write_split(
         "_output_all_columns": False,
     }
     write_json(folder / "state.json", state)
-    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    info = {"citation": "", "description": "", "features": schema.features(), "homepage": "", "license": ""}
     write_json(folder / "dataset_info.json", info)
     totals = {key: sum(shard[key] for shard in shards) for key in ("num_samples", "num_tokens")}
     return {**totals, "shards": shards}
@@ -56,29 +104,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _features(dtype: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """`datasets.Features` as they stand in JSON."""
-    features: dict[str, Any] = {"input_ids": {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}}
-    if labels is not None:
-        features["label"] = {"names": list(labels), "_type": "ClassLabel"}
-    return features
-
-
-def _schema(features: dict[str, Any], dtype: str) -> Any:
-    import pyarrow
-
-    fields = [("input_ids", pyarrow.list_(pyarrow.field("item", getattr(pyarrow, dtype)())))]
-    if "label" in features:
-        fields.append(("label", pyarrow.int64()))
-    return pyarrow.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-
-
 class _ShardWriter:
     """Rows -> record batches -> shards. The number of shards is in their names, so they are named at the end."""
 
-    def __init__(self, folder: Path, features: dict[str, Any], dtype: str) -> None:
+    def __init__(self, folder: Path, columns: Schema) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._dtype, self._schema = folder, dtype, _schema(features, dtype)
+        self._folder, self._columns, self._schema = folder, columns, columns.arrow()
+        self._token_bytes = np.dtype(columns.dtype("input_ids")).itemsize
         self._rows: list[Row] = []
         self._shards: list[dict[str, Any]] = []
         self._stream: Any = None
@@ -101,13 +133,12 @@ class _ShardWriter:
         if self._stream is None:
             self._shards.append({"num_samples": 0, "num_tokens": 0})
             self._stream = pyarrow.ipc.new_stream(str(self._unnamed(len(self._shards) - 1)), self._schema)
-        batch, num_tokens = _record_batch(self._rows, self._schema, self._dtype)
-        self._stream.write_batch(batch)
+        self._stream.write_batch(_record_batch(self._rows, self._columns, self._schema))
         shard = self._shards[-1]
         shard["num_samples"] += len(self._rows)
-        shard["num_tokens"] += num_tokens
+        shard["num_tokens"] += sum(len(row["input_ids"]) for row in self._rows)
         self._rows = []
-        if shard["num_tokens"] * np.dtype(self._dtype).itemsize >= SHARD_BYTES:
+        if shard["num_tokens"] * self._token_bytes >= SHARD_BYTES:
             self._end_shard()
 
     def _end_shard(self) -> None:
@@ -124,15 +155,24 @@ class _ShardWriter:
         return {"file": name, **shard, "size": path.stat().st_size, "blake2b": file_digest(path)}
 
 
-def _record_batch(rows: Sequence[Row], schema: Any, dtype: str) -> tuple[Any, int]:
-    """The rows as one Arrow record batch, and the number of their tokens."""
+def _record_batch(rows: Sequence[Row], columns: Schema, schema: Any) -> Any:
+    """The rows as one Arrow record batch."""
     import pyarrow
 
-    lengths = np.fromiter((len(row["input_ids"]) for row in rows), dtype=np.int32, count=len(rows))
+    arrays = []
+    for field in schema:
+        cells = [row[field.name] for row in rows]
+        if columns.is_list(field.name):
+            arrays.append(_list_array(cells, columns.dtype(field.name), field.type))
+        else:
+            arrays.append(pyarrow.array(cells, field.type))
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _list_array(cells: Sequence[Any], dtype: str, arrow_type: Any) -> Any:
+    import pyarrow
+
+    lengths = np.fromiter((len(cell) for cell in cells), dtype=np.int32, count=len(cells))
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-    tokens = np.concatenate([np.asarray(row["input_ids"]) for row in rows]).astype(dtype)
-    lists = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(tokens), type=schema.field(0).type)
-    columns = [lists]
-    if "label" in schema.names:
-        columns.append(pyarrow.array([row["label"] for row in rows], pyarrow.int64()))
-    return pyarrow.RecordBatch.from_arrays(columns, schema=schema), int(offsets[-1])
+    values = np.concatenate([np.asarray(cell, dtype=dtype) for cell in cells])
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values), type=arrow_type)

@@ -71,8 +71,10 @@ class BatchStream:
         return self.order.samples(position, self.global_batch_size)[self.rank :: self.world_size]
 
     def micro_batches(self, position: int) -> list[list[Row]]:
-        """The rows of one optimiser step, in micro-batches of `micro_batch_size`."""
+        """The rows of one optimiser step, in micro-batches of `micro_batch_size`; each row says its `epoch`."""
         rows = self.split.rows(self.sample_ids(position))
+        places = range(position + self.rank, position + self.global_batch_size, self.world_size)
+        rows = [{**row, "epoch": place // self.order.num_samples} for row, place in zip(rows, places, strict=True)]
         return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.spec import JobSpec, ShorthandSection
+from launcher.job.tasks import check_task
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _MISSING = "is missing"
@@ -40,7 +41,9 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
 
 
 def parse_spec(raw: dict[str, Any]) -> JobSpec:
-    return decode(JobSpec, raw)
+    spec = decode(JobSpec, raw)
+    check_task(spec)
+    return spec
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:

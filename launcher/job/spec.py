@@ -98,10 +98,10 @@ class DataSection(Section):
     """Form of the files; left out, told by their suffix."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """Text files only: what one record is (a paragraph ends at an empty line)."""
-    text_column: Text = "text"
-    """Column with the text (not for text files)."""
-    label_column: Text = "label"
-    """Column with the label (classification)."""
+    columns: dict[Text, Text] = {}
+    """Names of the columns where they are not the usual ones, what is read first: `{text: sentence, label: polarity}`."""
+    header: Texts | None = None
+    """csv and tsv files without a line of names: the names of their columns, in order."""
     tokenizer: Text | None = None
     """Folder or hub id of a tokenizer, or a SentencePiece `.model`; left out, the model's own."""
     train_tokenizer: TrainTokenizer | None = None

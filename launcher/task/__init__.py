@@ -7,7 +7,7 @@ Nothing in this file needs torch or numpy: `task_of` loads the one task that is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from launcher.job.spec import JobSpec
 
@@ -18,18 +18,51 @@ IGNORED = -100
 """Target that never counts in a loss: `ignore_index` of torch's cross entropy."""
 
 Row = dict[str, Any]
-"""One sample: `input_ids`, a 1-D array or list of token ids, and for classification `label`, a class id."""
+"""One sample, by the names of the task's `columns`: `input_ids`, a 1-D array or list of token ids, and what else the
+task keeps. A row that was read from prepared data also has `sample`, its place in the split, and in training `epoch`."""
 
 Batch = dict[str, "Tensor"]
+"""What `MODEL_INPUTS` names goes into the model's forward; everything else is the task's: targets, weights, places."""
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+Kind = Literal["tokens", "bytes", "ints", "class", "classes", "int", "float"]
+"""What a prepared column holds: token ids; small or larger integers; a class id, or a list of them; a whole
+number; a number."""
 
 
 class Record(NamedTuple):
-    """One text as it was read, and where: `line` counts from 1 (for parquet, the row)."""
+    """One record as it was read, and where: `line` counts from 1 (for parquet, the row)."""
 
     text: str
+    """All its texts, joined by newlines: what a tokenizer learns from, and what tells records apart."""
     label: str | None = None
     file: str = ""
     line: int = 0
+    parts: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never altered
+    """What a text and a label cannot hold, by the names of `launcher.job.tasks.FIELDS`: messages, tags, answers."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label in it: one, several, one per token, or none."""
+        return (self.label,) if self.label is not None else self.parts.get("labels", ())
+
+
+class Facts(NamedTuple):
+    """What the data says where the spec leaves it open."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their ids."""
+    label_counts: tuple[int, ...] = ()
+    """Training samples of each class."""
+    vocab_size: int = 0
+    """Token ids are below this."""
+    mask_id: int | None = None
+    """The token that hides another, in a masked language model."""
 
 
 class Metrics(Protocol):
@@ -48,8 +81,15 @@ class Task(Protocol):
     """Class of `transformers` that opens the model with the right head."""
     config_overrides: dict[str, Any]
     """What the head needs to be told in the model's config."""
-    columns: tuple[str, ...]
-    """Keys of a row, in the order of the prepared columns."""
+    columns: dict[str, Kind]
+    """Keys of a row and what they hold, in the order of the prepared columns; `input_ids` is the first."""
+    logits_per_token: bool
+    """Whether the head answers for every token, or once per sequence."""
+    sequences_per_sample: int
+    """Rows of `input_ids` that a batch holds for one sample: 2 where two answers are compared."""
+
+    def logits_width(self, config: Any) -> int:
+        """Numbers per answer of the head of a model with this config."""
 
     def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
         """Lists of records -> rows of at most `seq_len` tokens, in the order of the records."""
@@ -60,23 +100,35 @@ class Task(Protocol):
     def dummy_rows(self, count: int) -> list[Row]:
         """Rows without a target, for a rank that has run out while others still compute."""
 
-    def num_valid(self, batch: Batch) -> int:
-        """Targets that count in the loss."""
+    def num_valid(self, batch: Batch) -> float:
+        """Targets that count in the loss; where they are weighted, the sum of their weights."""
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Sum (not mean) of the cross entropies in nats over the valid targets, in fp32; 0 with a gradient if none."""
+        """Sum (not mean) of the losses over the valid targets, in fp32; 0 with a gradient if there are none."""
 
-    def metrics(self) -> Metrics:
-        """A fresh accumulator."""
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        """A fresh accumulator. `num_samples`: where ranks will add their sums, the samples that they score together."""
 
 
-def task_of(spec: JobSpec, labels: Sequence[str] | None = None) -> Task:
-    """The task of a spec. `labels`: names of the classes by id, when the spec leaves them to be found in the data."""
+def logits_of(output: Any) -> Tensor:
+    """What a head says, as one tensor: the two of a span head (start and end) side by side, (B, T, 2)."""
+    import torch
+
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
+    return output["logits"]
+
+
+NO_FACTS = Facts()
+
+
+def task_of(spec: JobSpec, facts: Facts = NO_FACTS) -> Task:
+    """The task of a spec; `facts` are needed where the spec leaves something to be found in the data."""
     if spec.task.name == "causal_lm":
         from launcher.task.causal_lm import CausalLM
 
         return CausalLM(seq_len=spec.training.seq_len, packing=spec.data.packing)
     from launcher.task.sequence_classification import SequenceClassification
 
-    names = tuple(spec.task.labels or labels or ())
+    names = spec.task.labels or facts.labels
     return SequenceClassification(seq_len=spec.training.seq_len, labels=names)

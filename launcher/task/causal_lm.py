@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.task import IGNORED, Batch, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Record, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 class CausalLM:
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
-    columns: tuple[str, ...] = ("input_ids",)
+    columns: dict[str, Kind] = {"input_ids": "tokens"}  # noqa: RUF012 - never altered
+    logits_per_token = True
+    sequences_per_sample = 1
 
     def __init__(self, seq_len: int, packing: Literal["concat", "none"]) -> None:
         self.seq_len = seq_len
         self.packing = packing
         self.config_overrides: dict[str, Any] = {}
+
+    def logits_width(self, config: Any) -> int:
+        return int(config.vocab_size)
 
     def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
         documents = _documents(records, tokenizer)
@@ -51,7 +56,7 @@ class CausalLM:
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         return _cross_entropy_sum(logits, _next_tokens(batch))
 
-    def metrics(self) -> CausalLMMetrics:
+    def metrics(self, num_samples: int = 0) -> CausalLMMetrics:
         return CausalLMMetrics()
 
 

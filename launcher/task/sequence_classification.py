@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import IGNORED, Batch, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Record, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class SequenceClassification:
     name = "sequence_classification"
     auto_class = "AutoModelForSequenceClassification"
-    columns: tuple[str, ...] = ("input_ids", "label")
+    columns: dict[str, Kind] = {"input_ids": "tokens", "label": "class"}  # noqa: RUF012 - never altered
+    logits_per_token = False
+    sequences_per_sample = 1
 
     def __init__(self, seq_len: int, labels: Sequence[str]) -> None:
         assert labels, "the labels come from the spec or from the prepared data"
@@ -28,6 +30,9 @@ class SequenceClassification:
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
+
+    def logits_width(self, config: Any) -> int:
+        return int(config.num_labels)
 
     def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
         """Every record gives one row; its label was checked by the reader."""
@@ -57,7 +62,7 @@ class SequenceClassification:
         """`logits` (B, C)."""
         return _cross_entropy_sum(logits, batch["labels"])
 
-    def metrics(self) -> ClassificationMetrics:
+    def metrics(self, num_samples: int = 0) -> ClassificationMetrics:
         return ClassificationMetrics(len(self.labels))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task
+from launcher.task import MODEL_INPUTS, Batch, Task
 
 
 class Engine(Protocol):
@@ -51,5 +51,5 @@ def make_engine(plan: Plan, spec: JobSpec, model: Any, task: Task, device: Any) 
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """What the model's forward gets: the loss is the task's, so no labels."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+    """What the model's forward gets: the loss is the task's, so no targets."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -113,7 +113,7 @@ def _resume_point(spec: JobSpec, plan: Plan) -> Saved | None:
 
 
 def _set_up(spec: JobSpec, plan: Plan, world: World, device: torch.device, data: PreparedData, stop: StopFlag) -> Run:
-    task = task_of(spec, data.labels)
+    task = task_of(spec, data.facts)
     model = build_model(spec, task, data)
     if plan.chosen.layout.recompute == "full":
         enable_recompute(model)
@@ -224,7 +224,7 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tupl
     return norm, stops > 0
 
 
-def _sum_over_ranks(run: Run, values: list[int]) -> list[float]:
+def _sum_over_ranks(run: Run, values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=run.device)
     dist.all_reduce(sums)
     return sums.tolist()
@@ -252,9 +252,9 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     """Scores of the held-out samples, the same on any number of ranks; {} when nothing was held out."""
     if "validation" not in run.data.index["splits"]:
         return {}
-    metrics = run.task.metrics()
     size = run.plan.chosen.layout.micro_batch_size
     split = run.data.split("validation")
+    metrics = run.task.metrics(min(len(split), max_samples or len(split)))
     for rows in eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples):
         # every rank computes every batch: sharded parameters are gathered by all or by none
         batch = run.task.collate(rows or run.task.dummy_rows(1), run.data.pad_id)

@@ -19,7 +19,7 @@ from launcher.cost.architecture import blocks_of
 from launcher.emit.fsdp import fsdp_settings
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task
+from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import model_inputs
 from launcher.train.optim import adamw, parameter_groups
 
@@ -44,7 +44,7 @@ class TorchEngine:
 
     def _logits(self, batch: Batch) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
-            return self._model(**model_inputs(batch)).logits
+            return logits_of(self._model(**model_inputs(batch)))
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DDP reduces with the last micro-batch only; FSDP with each, which is what keeps its gradients sharded."""

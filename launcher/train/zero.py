@@ -15,7 +15,7 @@ from launcher.emit.deepspeed_json import deepspeed_config, load_preset
 from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task
+from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import model_inputs
 from launcher.train.optim import adamw, parameter_groups
 
@@ -45,7 +45,7 @@ class ZeroEngine:
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DeepSpeed counts the micro-batches itself, as its configuration tells it; the scale is already the step's."""
-        loss_sum = self._task.loss_sum(self._engine(**model_inputs(batch)).logits, batch)
+        loss_sum = self._task.loss_sum(logits_of(self._engine(**model_inputs(batch))), batch)
         self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if not is_last:
             self._engine.step()  # moves its counter; it updates at the boundary only
@@ -61,7 +61,7 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         self._engine.eval()
-        logits = self._engine(**model_inputs(batch)).logits
+        logits = logits_of(self._engine(**model_inputs(batch)))
         self._engine.train()
         return logits
 

@@ -17,7 +17,7 @@ from launcher.cost.cache import cache_path, cached_cost
 from launcher.cost.measure import measure
 from launcher.errors import FleetuneError, ModelError, UserError
 from launcher.job import JobSpec
-from launcher.task import task_of
+from launcher.task import Facts, task_of
 from tests.unit.costs import llama_405b, small_cost, spec_of
 
 VOCAB = 96
@@ -44,7 +44,7 @@ def spec_for(model_type: str, **changes: Any) -> JobSpec:
 
 def built(spec: JobSpec, **config_changes: Any) -> Any:
     """The real model, in training mode."""
-    task = task_of(spec, labels=("one", "other"))
+    task = task_of(spec, Facts(labels=("one", "other")))
     config = model_config(spec, None, {**task.config_overrides, **config_changes})
     torch.manual_seed(0)
     return head_class(task.auto_class).from_config(config, dtype=torch.float32).train()

@@ -245,9 +245,9 @@ def test_opening_with_other_options() -> None:
 
 def test_only_options_that_can_change_a_shard_count() -> None:
     base = options_fingerprint(spec_of())
-    same = [spec_of(data={"label_column": "x"}), spec_of(data={"prepared": "x"}), spec_of(training={"lr": 1.0})]
+    same = [spec_of(data={"prepared": "x"}), spec_of(training={"lr": 1.0})]
     other = [
-        spec_of(data={"text_column": "x"}),
+        spec_of(data={"columns": {"text": "x"}}),
         spec_of(data={"validation_fraction": 0.3}),
         spec_of(task="sequence_classification"),
     ]
@@ -296,7 +296,7 @@ def test_an_index_of_another_version() -> None:
     path = Path("out/data/index.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
     assert error_of(lambda: open_prepared(spec_of())) == (
-        "out/data/index.json: version: 99 is not the version of prepared data that this release reads (1); "
+        "out/data/index.json: version: 99 is not the version of prepared data that this release reads (2); "
         "make it again with `fleetune prepare --force`"
     )
     path.write_text("{")

@@ -13,14 +13,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from launcher.data.read import Columns, read_records
+from launcher.data.formats import Columns
+from launcher.data.read import read_records
 from launcher.data.sources import find_sources
 from launcher.errors import DataError
 from launcher.task import Record
 
 PAIRS = [('first, "quoted"', "good"), ("zweite Zeile é 漢", "bad"), ("x" * 200_000, "good")]
-LABELLED = Columns("text", "label", None)
-TEXT_ONLY = Columns("text", None, None)
+LABELLED = Columns("sequence_classification", {})
+TEXT_ONLY = Columns("causal_lm", {})
 
 
 def write_jsonl(path: Path) -> None:
@@ -128,7 +129,7 @@ def test_nothing_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patter
     assert error_of(lambda: records_of(pattern)) == f"data.train: {pattern} {rule}; {GIVE_FILES}"
 
 
-LABELS = Columns("text", "label", frozenset({"good", "bad"}))
+LABELS = Columns("sequence_classification", {}, frozenset({"good", "bad"}))
 BAD = {
     "unknown suffix": (
         ("a.xyz", b"x", TEXT_ONLY),
@@ -137,7 +138,7 @@ BAD = {
     ),
     "text without labels": (
         ("a.txt", b"x", LABELLED),
-        "a.txt: is a text file, which holds no labels; give jsonl, csv, tsv or parquet files with a text and a label column",
+        "a.txt: is a text file, which holds no records of sequence_classification; give jsonl, csv, tsv or parquet files with its columns, or set data.format",
     ),
     "undecodable byte": (
         ("a.txt", b"fine\nnot \xff fine", TEXT_ONLY),
@@ -153,15 +154,15 @@ BAD = {
     ),
     "missing key": (
         ("a.jsonl", b'{"txet": "x"}', TEXT_ONLY),
-        "a.jsonl:1: has no column `text` but txet; did you mean data.text_column: txet?",
+        "a.jsonl:1: has no column `text` but txet; did you mean data.columns.text: txet?",
     ),
     "missing column": (
         ("a.csv", b"text,class\nx,good\n", LABELLED),
-        "a.csv:1: has no column `label` but text, class; name the columns in the first line",
+        "a.csv:1: has no column `label` but text, class; name the columns in the first line, or by data.header",
     ),
     "no text": (
         ("a.jsonl", b'{"text": null}', TEXT_ONLY),
-        "a.jsonl:1: text: None is not a text; give a string, or another data.text_column",
+        "a.jsonl:1: text: None is not a text; give a string, or another data.columns.text",
     ),
     "half a surrogate": (
         ("a.jsonl", b'{"text": "\\ud800"}', TEXT_ONLY),
@@ -219,5 +220,5 @@ def test_a_parquet_file_that_is_cut(tmp_path: Path) -> None:
 def test_a_parquet_file_without_the_column(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
-    message = error_of(lambda: records_of(path, Columns("texts", None, None)))
-    assert message == f"{path}: has no column `texts` but text, other, label; did you mean data.text_column: text?"
+    message = error_of(lambda: records_of(path, Columns("causal_lm", {"text": "texts"})))
+    assert message == f"{path}: has no column `texts` but text, other, label; did you mean data.columns.text: text?"

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch.nn import functional
 
 from launcher.job.load import parse_spec
-from launcher.task import IGNORED, Record, task_of
+from launcher.task import IGNORED, Facts, Record, task_of
 from launcher.task.sequence_classification import SequenceClassification
 
 TASK = SequenceClassification(seq_len=4, labels=("bad", "good", "odd"))
@@ -100,7 +100,7 @@ def test_the_task_of_a_spec() -> None:
         "data": {"train": "x.csv"},
         "training": {"seq_len": 16, "global_batch_size": 4, "max_steps": 1},
     }
-    assert task_of(parse_spec(raw), ["no", "yes"]).config_overrides["num_labels"] == 2
+    assert task_of(parse_spec(raw), Facts(labels=("no", "yes"))).config_overrides["num_labels"] == 2
     named = {**raw, "task": {"name": "sequence_classification", "labels": ["a", "b", "c"]}}
     assert task_of(parse_spec(named)).config_overrides["num_labels"] == 3
     assert task_of(parse_spec({**raw, "task": "causal_lm"})).auto_class == "AutoModelForCausalLM"
