@@ -32,7 +32,6 @@ _DTYPES: dict[Kind, str] = {
     "class": "int64",
     "int": "int64",
     "float": "float64",
-    ,
 }
 """Arrow's types; `datasets` keeps class ids as int64, and tokens have their own rule."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.data.mapped import PreparedSplit
 from launcher.data.pack import Bins, best_fit, pack
-from launcher.data.shards import write_split
+from launcher.data.shards import Schema, write_split
 from launcher.errors import DataError
 
 
@@ -53,7 +53,7 @@ def test_a_million_documents_of_uneven_length_fill_their_bins() -> None:
 
 def split_of(folder: Path, lengths: list[int]) -> PreparedSplit:
     rows = ({"input_ids": np.full(length, i)} for i, length in enumerate(lengths))
-    return PreparedSplit(folder, write_split(folder, rows, 100, None, "of a test"))
+    return PreparedSplit(folder, write_split(folder, rows, Schema({"input_ids": "tokens"}, 100), "of a test"))
 
 
 def test_a_row_is_the_documents_of_a_bin(tmp_path: Path) -> None:
