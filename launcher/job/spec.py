@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+    model_validator,
+)
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "fsdp", "hsdp"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -139,6 +148,25 @@ class MethodSection(ShorthandSection):
     """lora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     use_dora: Bool = False
     """lora: learn magnitude and direction apart (DoRA)."""
+
+    @model_validator(mode="after")
+    def _only_what_takes_effect(self) -> MethodSection:
+        if idle := self.model_fields_set & set(_IDLE_KEYS[self.name]):
+            raise ValueError(f"has `{min(idle)}`, {_IDLE_WORDS[self.name]}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written down can be read again, and two specs that train the same are written the same."""
+        return {key: value for key, value in write(self).items() if key not in _IDLE_KEYS[self.name]}
+
+
+_FREEZING = tuple(key for key in MethodSection.model_fields if key.startswith("freeze"))
+_IDLE_KEYS = {"full": tuple(set(MethodSection.model_fields) - {"name", *_FREEZING}), "lora": _FREEZING}
+_IDLE_WORDS = {
+    "full": "which is for adapters; remove it, or give `name: lora`",
+    "lora": "but lora freezes every weight; remove it, or choose layers by `target_modules`",
+}
 
 
 class TrainingSection(Section):

@@ -47,6 +47,15 @@ def test_a_spec_cannot_be_altered() -> None:
 def test_what_is_left_out_has_these_values() -> None:
     """Changing a default changes users' runs: this list is changed with it, and so is the changelog."""
     spec = spec_of()
+    assert spec_of(method="lora").method.model_dump() == {
+        "name": "lora",
+        "r": 16,
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "use_rslora": False,
+        "use_dora": False,
+    }
     defaults = spec.model_dump(exclude={"output_dir", "model", "task", "data", "cluster"})
     assert defaults == {
         "method": {
@@ -54,12 +63,6 @@ def test_what_is_left_out_has_these_values() -> None:
             "freeze_embeddings": False,
             "freeze_blocks": 0,
             "freeze": (),
-            "r": 16,
-            "lora_alpha": 32.0,
-            "lora_dropout": 0.0,
-            "target_modules": "all-linear",
-            "use_rslora": False,
-            "use_dora": False,
         },
         "training": {
             "seq_len": 10,
