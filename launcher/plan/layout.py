@@ -69,6 +69,16 @@ class Layout:
         return ELEMENT_BYTES[self.precision]
 
     @property
+    def gradient_bytes(self) -> int:
+        """Of a gradient that torch keeps: its parameter's format, fp32 but for `pure_bf16`."""
+        return ELEMENT_BYTES["pure_bf16"] if self.precision == "pure_bf16" else FP32
+
+    @property
+    def num_optimiser_shards(self) -> int:
+        """Ranks over which the optimiser's state is cut."""
+        return {"ddp": 1, "hsdp": self.shard_group_size}.get(self.strategy, self.num_ranks)
+
+    @property
     def label(self) -> str:
         """Says all that can differ between two candidates of one job."""
         group = f" in groups of {self.shard_group_size}" if self.shard_group_size else ""

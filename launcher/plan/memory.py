@@ -162,21 +162,3 @@ def _loss_formula(cost: ModelCost, precision: str) -> str:
         return f"{cost.loss_bytes_per_logit} bytes x logits: the model's own loss"
     kind = "fp32" if precision == "fp32" else "bf16"
     return f"{LOSS_BYTES[kind]} bytes x logits: {_LOSS_PARTS[kind]}"
-
-
-def communication_bytes(cost: ModelCost, layout: Layout) -> int:
-    """Bytes that one rank sends per optimiser step; a ring all-gather or reduce-scatter sends (N-1)/N of the vector.
-
-    ddp and zero1 reduce once per step; zero2, zero3 and fsdp reduce every micro-batch, which is what keeps their
-    gradients sharded; zero3 and fsdp also gather the parameters for forward and again for backward.
-    """
-    element, num_ranks, accumulation_steps = layout.element_bytes, layout.num_ranks, layout.accumulation_steps
-    vector = cost.num_params * (num_ranks - 1) // num_ranks
-    passes = {
-        "ddp": 2 * FP32,
-        "zero1": 2 * element,
-        "zero2": element * (accumulation_steps + 1),
-        "zero3": 3 * element * accumulation_steps,
-        "fsdp": (2 * element + layout.reduce_bytes) * accumulation_steps,
-    }
-    return vector * passes[layout.strategy]

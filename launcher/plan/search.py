@@ -14,8 +14,9 @@ from launcher.cost.values import ModelCost
 from launcher.errors import PlanError, SpecError
 from launcher.job.cluster import Cluster
 from launcher.job.spec import JobSpec
+from launcher.plan.collectives import communication_bytes
 from launcher.plan.layout import ENGINE_OF, Layout
-from launcher.plan.memory import communication_bytes, rank_memory
+from launcher.plan.memory import rank_memory
 from launcher.plan.step_time import step_time
 from launcher.plan.values import Candidate, Plan, Rejected
 from launcher.units import show_bytes, show_time

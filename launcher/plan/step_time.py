@@ -1,20 +1,27 @@
 """Seconds of one optimiser step, item by item, from a model's FLOPs and bytes and a cluster's achievable rates.
 
-P parameters, N ranks, p bytes of an element, B micro-batch, T length, A accumulation steps, L blocks, h width.
-What a GPU does is added up: products, attention and elementwise kernels run one after another. Collectives hide behind
-that work as far as the engine overlaps them and `overlap_share` allows; a ring sends (N-1)/N of a vector through the
-slowest link of the ring: one between nodes, of which a node has one per rank, or one inside the node.
+P parameters, P' trained ones, N ranks, p bytes of an element, B micro-batch, T length, A accumulation steps, L blocks, h
+width. What a GPU does is added up: products, attention and elementwise kernels run one after another. Collectives hide
+behind that work as far as the engine overlaps them and `overlap_share` allows; a ring sends (N-1)/N of a vector through
+the slowest link of the ring: one between nodes, of which a node has one per rank, or one inside the node.
+
+Reading the data is no item: a gather from mapped files gives 185 million tokens a second and more on two cores, beside
+the step, in a thread of its own (`launcher/data/stream.py`); no rank here takes a hundredth of that.
 
 MFU is llm-foundry's: (6 P + 12 L h T) FLOPs per token, attention in full although half of it is masked, recompute not
 counted, against the data sheet's peak (scripts/train/benchmarking/README.md). PaLM's, app. B, leaves the embeddings out.
+Of a mixture of experts P is what one token meets; where weights are frozen, 6 becomes 2 (1 + their products backward
+for each forward), 4 with adapters alone.
 """
 
 from __future__ import annotations
 
 from launcher.cost.values import ModelCost
-from launcher.job.cluster import Cluster, Gpu, Link
-from launcher.plan.layout import FP32, Layout
-from launcher.plan.memory import communication_bytes, loss_bytes, saved_of
+from launcher.job.cluster import Cluster, Gpu
+from launcher.plan.collectives import HIDES, Ring, rings
+from launcher.plan.layout import Layout
+from launcher.plan.memory import loss_bytes, saved_of
+from launcher.plan.update_time import update_items
 from launcher.plan.values import StepTime, TimeItem
 from launcher.units import show_bytes
 
@@ -26,18 +33,12 @@ TOUCHES = 5
 """Times that a kept byte crosses memory: written and read in forward, read in backward, its gradient written and read."""
 TOUCHES_AGAIN = 2
 """Recompute writes and reads it once more."""
-WEIGHT_TOUCHES = 4
-"""Each micro-batch reads the weights in forward and for the input's gradient, and reads and writes the gradient."""
+WEIGHT_TOUCHES = 2
+"""Each micro-batch reads the weights in forward and for the input's gradient, and reads and writes the trained ones' gradient."""
 LOSS_TOUCHES = 2
 """What the loss holds is written and read."""
-ADAMW_BYTES = 8 * FP32
-"""Per parameter: gradient read for its norm and for the update; weight and two moments read and written."""
 KERNELS_PER_BLOCK = 90
 """Launches of one block, forward and backward: 66, 79 and 93 operators counted for BERT, GPT-2 and Llama (views left out)."""
-DDP_BUCKET_BYTES = 25 * 2**20
-"""torch's `bucket_cap_mb`: how much of the gradients one all-reduce takes."""
-OVERLAPS = {"ddp": True, "zero1": False, "zero2": False, "zero3": True, "fsdp": True}
-"""Whether collectives run beside arithmetic; DeepSpeed's `overlap_comm` is off by default below stage 3."""
 
 
 def step_time(cost: ModelCost, cluster: Cluster, layout: Layout) -> StepTime:
@@ -48,34 +49,55 @@ def step_time(cost: ModelCost, cluster: Cluster, layout: Layout) -> StepTime:
     items = [
         *work,
         _launches(cost, gpu, layout, busy_seconds),
-        _optimiser(cost, gpu, layout),
-        _collectives(cost, cluster.link, gpu.overlap_share, layout, busy_seconds),
+        *_collectives(rings(cost, cluster.link, layout), cluster, layout, busy_seconds),
+        *update_items(cost, cluster, layout, busy_seconds),
     ]
     tokens = layout.accumulation_steps * layout.rank_tokens * layout.num_ranks
-    model_flops = tokens * 3 * (2 * cost.num_params + cost.flops.attention * layout.seq_len)
-    peak = _peak(gpu, layout.precision) * layout.num_ranks
-    return StepTime(tuple(item for item in items if item.seconds > 0), tokens, layout.num_ranks, model_flops / peak)
+    peak = peak_flops(gpu, layout.precision) * layout.num_ranks
+    at_peak = tokens * _model_flops(cost, layout.seq_len) / peak
+    return StepTime(tuple(item for item in items if item.seconds > 0), tokens, layout.num_ranks, at_peak)
 
 
-def _peak(gpu: Gpu, precision: str) -> float:
-    """FLOP/s of the data sheet."""
-    return 1e12 * (gpu.peak_bf16_tflops if precision != "fp32" else gpu.peak_fp32_tflops)
+def peak_flops(gpu: Gpu, precision: str) -> float:
+    """FLOP/s of the data sheet. A 16-bit format without units of its own runs at the fp32 rate, where another has them."""
+    has = {"fp32": False, "fp16": gpu.fp16}.get(precision, gpu.bf16)
+    emulated = precision != "fp32" and not (gpu.bf16 or gpu.fp16)
+    return 1e12 * (gpu.peak_bf16_tflops if has or emulated else gpu.peak_fp32_tflops)
+
+
+def _model_flops(cost: ModelCost, seq_len: int) -> float:
+    """Per token, as MFU counts them."""
+    forward = 2 * (cost.num_params if cost.num_active_params is None else cost.num_active_params)
+    executed = cost.flops.blocks + cost.flops.outside
+    backward = sum(_backward(cost)) / executed if executed else BACKWARD
+    return forward * (1 + backward) + 3 * cost.flops.attention * seq_len
+
+
+def _backward(cost: ModelCost) -> tuple[float, float]:
+    """FLOPs per token of the products' backward pass, in the blocks and outside: fewer where weights are frozen."""
+    flops = cost.flops
+    blocks = BACKWARD * flops.blocks if flops.blocks_backward is None else flops.blocks_backward
+    outside = BACKWARD * flops.outside if flops.outside_backward is None else flops.outside_backward
+    return blocks, outside
 
 
 def _matmul_rate(cost: ModelCost, gpu: Gpu, precision: str) -> float:
     """FLOP/s that products of this model's width reach."""
     narrow = cost.width / (cost.width + gpu.matmul_half_width) if cost.width else 1.0
-    return _peak(gpu, precision) * gpu.matmul_share * narrow
+    return peak_flops(gpu, precision) * gpu.matmul_share * narrow
 
 
 def _products(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
     tokens = layout.accumulation_steps * layout.rank_tokens
     rate = _matmul_rate(cost, gpu, layout.precision)
     block_rate = rate * (gpu.fp8_speedup or 1.0) if layout.fp8 else rate
-    passes = 1 + BACKWARD
     blocks, outside = tokens * cost.flops.blocks, tokens * cost.flops.outside
-    formula = f"{passes} x {_flops(blocks + outside)} at {rate / 1e12:.3g} TFLOP/s"
-    items = [TimeItem("products", passes * (blocks / block_rate + outside / rate), formula, "arithmetic")]
+    blocks_back, outside_back = (tokens * flops for flops in _backward(cost))
+    forward, backward = blocks + outside, blocks_back + outside_back
+    passes = 1 + (backward / forward if forward else BACKWARD)
+    formula = f"{passes:.3g} x {_flops(forward)} at {rate / 1e12:.3g} TFLOP/s"
+    seconds = (blocks + blocks_back) / block_rate + (outside + outside_back) / rate
+    items = [TimeItem("products", seconds, formula, "arithmetic")]
     if layout.recompute == "full":
         formula = f"{_flops(blocks)} at {block_rate / 1e12:.3g} TFLOP/s: the blocks' forward again"
         items.append(TimeItem("products again", blocks / block_rate, formula, "arithmetic"))
@@ -88,7 +110,7 @@ def _attention(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
     tokens = layout.accumulation_steps * layout.rank_tokens
     forward = tokens * layout.seq_len * cost.flops.attention * unmasked
     passes = 1 + ATTENTION_BACKWARD + (layout.recompute == "full")
-    rate = _peak(gpu, layout.precision) * gpu.attention_share
+    rate = peak_flops(gpu, layout.precision) * gpu.attention_share
     formula = f"{passes:g} x {_flops(forward)} at {rate / 1e12:.3g} TFLOP/s"
     return [TimeItem("attention", passes * forward / rate, formula, "arithmetic")]
 
@@ -101,12 +123,12 @@ def _traffic(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
     outside = saved.outside.at(layout.micro_batch_size, layout.seq_len)
     moved = {
         "activations": (TOUCHES + again) * kept + TOUCHES * outside,
-        "weights": WEIGHT_TOUCHES * layout.element_bytes * cost.num_params,
+        "weights": WEIGHT_TOUCHES * layout.element_bytes * (cost.num_params + cost.num_trainable_params),
         "loss": LOSS_TOUCHES * loss_bytes(cost, layout.micro_batch_size, layout.seq_len, layout.precision),
     }
     words = {
         "activations": f"{TOUCHES + again} x the bytes kept for backward",
-        "weights": f"{WEIGHT_TOUCHES} p P for each micro-batch",
+        "weights": f"{WEIGHT_TOUCHES} p (P + P') for each micro-batch",
         "loss": f"{LOSS_TOUCHES} x the bytes of logits and loss",
     }
     steps = layout.accumulation_steps
@@ -125,50 +147,23 @@ def _launches(cost: ModelCost, gpu: Gpu, layout: Layout, busy_seconds: float) ->
     return TimeItem("launches", waited, formula, "kernel launches")
 
 
-def _optimiser(cost: ModelCost, gpu: Gpu, layout: Layout) -> TimeItem:
-    own = cost.num_params if layout.strategy == "ddp" else cost.num_params / layout.num_ranks
-    rate = gpu.memory_gb_per_s * 1e9 * gpu.memory_share
-    share = "P" if layout.strategy == "ddp" else "P / N"
-    return TimeItem(
-        "optimiser",
-        ADAMW_BYTES * own / rate,
-        f"{ADAMW_BYTES} {share} bytes at {rate / 1e9:.4g} GB/s",
-        "memory bandwidth",
-    )
-
-
-def _collectives(cost: ModelCost, link: Link, overlap: float, layout: Layout, busy_seconds: float) -> TimeItem:
-    """What of the collectives the step has to wait for."""
-    sent = communication_bytes(cost, layout)
-    rate = bus_gb_per_s(link, layout)
-    calls = _num_collectives(cost, layout) if layout.num_ranks > 1 else 0
-    seconds = sent / (rate * 1e9) + calls * link.latency_us * 1e-6
-    room = _room(layout, busy_seconds)
-    waited = max(seconds - room, (1 - overlap) * seconds) if OVERLAPS[layout.strategy] else seconds
-    hidden = f", {1 - waited / seconds:.0%} hidden" if seconds else ""
-    formula = f"{show_bytes(sent)} at {rate:.4g} GB/s + {calls} x {link.latency_us:g} us{hidden}"
-    return TimeItem("collectives", waited, formula, "network")
-
-
-def bus_gb_per_s(link: Link, layout: Layout) -> float:
-    """Rate of a ring at one rank: 8 ranks of a node use its 8 network ports side by side."""
-    slowest = link.intra_node_gb_per_s
-    if layout.nodes > 1:
-        slowest = min(slowest, link.inter_node_gb_per_s * layout.ranks_per_node)
-    return slowest * link.link_share
-
-
-def _num_collectives(cost: ModelCost, layout: Layout) -> int:
-    """Calls per step: one group per block and one for the rest, as the engines wrap them; ddp one per bucket."""
-    groups, steps = cost.num_blocks + 1, layout.accumulation_steps
-    buckets = -(-FP32 * cost.num_params // DDP_BUCKET_BYTES)
-    return {
-        "ddp": buckets,
-        "zero1": 2 * groups,
-        "zero2": (steps + 1) * groups,
-        "zero3": 3 * groups * steps,
-        "fsdp": 3 * groups * steps,
-    }[layout.strategy]
+def _collectives(used: list[Ring], cluster: Cluster, layout: Layout, busy_seconds: float) -> list[TimeItem]:
+    """What of the collectives the step has to wait for: all of them hide alike."""
+    overlap, latency_us = cluster.gpu.overlap_share, cluster.link.latency_us
+    seconds = sum(ring.seconds(latency_us) for ring in used)
+    if not seconds:
+        return []
+    waited = max(seconds - _room(layout, busy_seconds), (1 - overlap) * seconds) if HIDES[layout.strategy] else seconds
+    share = waited / seconds
+    return [
+        TimeItem(
+            ring.name,
+            share * ring.seconds(latency_us),
+            f"{show_bytes(ring.num_bytes)} at {ring.gb_per_s:.4g} GB/s + {ring.calls} x {latency_us:g} us, {1 - share:.0%} hidden",
+            "network",
+        )
+        for ring in used
+    ]
 
 
 def _room(layout: Layout, busy_seconds: float) -> float:

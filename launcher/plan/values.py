@@ -37,7 +37,7 @@ class Memory:
         return self.total_bytes <= self.usable_bytes
 
 
-Bound = Literal["arithmetic", "memory bandwidth", "network", "kernel launches"]
+Bound = Literal["arithmetic", "memory bandwidth", "network", "kernel launches", "host memory", "host link", "disk"]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.cost.values import ModelCost
+from launcher.plan.collectives import communication_bytes
 from launcher.plan.layout import Layout
-from launcher.plan.memory import FRAGMENTATION, REDUCE_BUCKET_ELEMENTS, communication_bytes, rank_memory
+from launcher.plan.memory import FRAGMENTATION, REDUCE_BUCKET_ELEMENTS, rank_memory
 from launcher.plan.search import STRATEGIES
 from launcher.plan.values import Memory
 from tests.unit.costs import cluster_of, small_cost

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from launcher.cost.values import Flops
 from launcher.job import Cluster, load_cluster
+from launcher.plan.collectives import ring_gb_per_s
 from launcher.plan.layout import Layout
 from launcher.plan.search import STRATEGIES
-from launcher.plan.step_time import bus_gb_per_s, step_time
+from launcher.plan.step_time import step_time
 from launcher.plan.values import StepTime
 from tests.unit.costs import cluster_of, llama_405b, small_cost
 
@@ -110,9 +111,9 @@ def test_one_rank_waits_for_nobody(strategy: str) -> None:
 def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
     """Every rank of a node has a port of its own to the others."""
     link = cluster_of(1, link__intra_node_gb_per_s=300, link__inter_node_gb_per_s=25, link__link_share=0.5).link
-    assert bus_gb_per_s(link, layout(nodes=1, ranks_per_node=8)) == 150
-    assert bus_gb_per_s(link, layout(nodes=2, ranks_per_node=8)) == 100
-    assert bus_gb_per_s(link, layout(nodes=2, ranks_per_node=1)) == 12.5
+    assert ring_gb_per_s(link, num_members=8, members_per_node=8) == 150
+    assert ring_gb_per_s(link, num_members=16, members_per_node=8) == 100
+    assert ring_gb_per_s(link, num_members=16, members_per_node=1) == 12.5
 
 
 def test_the_host_counts_where_it_is_the_slower() -> None:
