@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.order import GlobalOrder, permute
+from launcher.data.order import GlobalOrder, WindowedOrder, permute
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -73,3 +73,58 @@ def test_every_order_of_three_is_drawn_about_equally_often() -> None:
     counts = [draws.count(order) for order in sorted(set(draws))]
     assert len(counts) == 6
     assert max(abs(count - 1000) for count in counts) < 130
+
+
+SHARDS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+@given(sizes=SHARDS, window=st.integers(1, 6), seed=SEEDS, epoch=st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_a_windowed_epoch_holds_every_sample_once_and_reads_a_shard_within_its_window(
+    sizes: list[int], window: int, seed: int, epoch: int
+) -> None:
+    order = WindowedOrder(tuple(sizes), window, seed)
+    total = sum(sizes)
+    ids = order.samples(epoch * total, total)
+    assert sorted(ids.tolist()) == list(range(total))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    for place in range(0, total, max(1, total // 10)):
+        assert shard_of[ids[place]] in order.shards(epoch * total + place)[:window]
+    # shards change at most once per shard and window: each is done with before its window is left
+    last, first = {}, {}
+    for place, shard in enumerate(shard_of[ids].tolist()):
+        first.setdefault(shard, place)
+        last[shard] = place
+    wide = max(sum(sorted(sizes)[-window:]), 1)
+    assert all(last[shard] - first[shard] < wide for shard in last)
+
+
+@given(sizes=SHARDS, window=st.integers(1, 6), seed=SEEDS, start=st.integers(0, 2000), count=st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_stretch_of_windows_is_the_same_however_it_is_cut(
+    sizes: list[int], window: int, seed: int, start: int, count: int
+) -> None:
+    order = WindowedOrder(tuple(sizes), window, seed)
+    cut = count // 2
+    parts = [*order.samples(start, cut), *order.samples(start + cut, count - cut)]
+    assert order.samples(start, count).tolist() == parts
+
+
+def test_a_windowed_order_is_as_cheap_far_out() -> None:
+    """10^9 samples in 30,000 shards: memory per shard, not per sample."""
+    order = WindowedOrder((33_334,) * 30_000, window=16, seed=1)
+    ids = order.samples(9 * 10**8, 512)
+    assert len(set(ids.tolist())) == 512
+    assert len({i // 33_334 for i in ids.tolist()}) == 16
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_windowed_order_passes_the_runs_test_on_sorted_labels(seed: int) -> None:
+    """Labels sorted inside each shard, windows of 8 shards, within 4 standard deviations of the mean number of runs."""
+    sizes = (500,) * 40
+    labels = (WindowedOrder(sizes, 8, seed).samples(0, 20_000) % 500) >= 250
+    n1, n2 = int(labels.sum()), int((~labels).sum())
+    mean = 1 + 2 * n1 * n2 / len(labels)
+    variance = (mean - 1) * (mean - 2) / (len(labels) - 1)
+    runs = 1 + int((labels[1:] != labels[:-1]).sum())
+    assert abs(runs - mean) < 4 * variance**0.5
