@@ -3,6 +3,6 @@
 The values and the cache are pure; `measure.py` alone imports torch, and runs in a process of its own.
 """
 
-from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes
+from launcher.cost.values import Flops, LinearInBatch, ModelCost, PeakBytes, SavedBytes
 
-__all__ = ["Flops", "LinearInBatch", "ModelCost", "SavedBytes"]
+__all__ = ["Flops", "LinearInBatch", "ModelCost", "PeakBytes", "SavedBytes"]

@@ -20,7 +20,7 @@ from launcher.job.resources import cache_dir
 from launcher.job.spec import JobSpec
 from launcher.spawn import run_python
 
-_FORMAT = 4  # raised when ModelCost or the way it is measured changes
+_FORMAT = 5  # raised when ModelCost or the way it is measured changes
 
 
 def cached_cost(spec: JobSpec) -> ModelCost:
@@ -28,7 +28,7 @@ def cached_cost(spec: JobSpec) -> ModelCost:
     path = cache_path(spec)
     try:
         return ModelCost.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError):  # not there yet, or cut short by a full disk
+    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or cut short by a full disk
         cost = _measure_elsewhere(spec)
     with contextlib.suppress(OSError):  # a home that is read-only costs some seconds each time, not the run
         _write_whole(path, json.dumps(cost.to_json(), indent=1))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class LinearInBatch:
-    """Bytes as a function of micro-batch B and sequence length T: `B (a T + b T^2) + c T + d T^2`."""
+    """Bytes as a function of micro-batch B and sequence length T: `B (a T + b T^2) + c T + d T^2` for B >= 2."""
 
     per_token: float
     """a"""
@@ -18,8 +18,13 @@ class LinearInBatch:
     """c: what does not grow with the batch, such as tables of positions."""
     fixed_per_token_squared: float = 0.0
     """d: masks, say."""
+    one_per_token: float | None = None
+    """A batch of one keeps views where others keep copies: `T` and `T^2` of its own; None: no different."""
+    one_per_token_squared: float | None = None
 
     def at(self, micro_batch_size: int, seq_len: int) -> int:
+        if micro_batch_size == 1 and self.one_per_token is not None:
+            return max(0, round(seq_len * (self.one_per_token + (self.one_per_token_squared or 0.0) * seq_len)))
         per_sample = seq_len * (self.per_token + self.per_token_squared * seq_len)
         fixed = seq_len * (self.fixed_per_token + self.fixed_per_token_squared * seq_len)
         return max(0, round(micro_batch_size * per_sample + fixed))
@@ -34,7 +39,35 @@ class SavedBytes:
     outside: LinearInBatch
     """Embeddings, final norm, head."""
     block_inputs: LinearInBatch
-    """Inputs of all blocks: what full recompute keeps."""
+    """Hidden states that enter the blocks."""
+    recomputed: LinearInBatch | None = None
+    """What full recompute keeps of the blocks instead: their inputs, and once what they share; None: as `block_inputs`."""
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Most bytes alive at once in forward, loss and backward of one micro-batch.
+
+    Counted is all that these allocate: what is kept for backward, temporaries, logits, loss, gradients of activations,
+    second gradients of a weight that is used twice. Not counted are parameters, buffers, their copies in the precision of
+    autocast, the batch itself, and each parameter's gradient, whoever keeps it; nor what a kernel allocates inside.
+    Traced at every operator; a peak is the largest of a few moments, each a function of B and T.
+    """
+
+    loss: tuple[LinearInBatch, ...]
+    """From the end of the last block to the gradient of its output: head, logits and loss, on top of what is kept."""
+    blocks: tuple[LinearInBatch, ...]
+    """While blocks run: what is kept, and what one block works with in forward, recompute or backward."""
+    embeddings: tuple[LinearInBatch, ...]
+    """After the backward pass of the first block: what the blocks kept is free again."""
+
+    def at(self, micro_batch_size: int, seq_len: int) -> dict[str, int]:
+        """Bytes by moment: `loss`, `blocks`, `embeddings`; the largest is the peak."""
+        moments = {"loss": self.loss, "blocks": self.blocks, "embeddings": self.embeddings}
+        return {
+            name: max((one.at(micro_batch_size, seq_len) for one in largest), default=0)
+            for name, largest in moments.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -85,30 +118,63 @@ class ModelCost:
     max_positions: int | None
     """Longest sequence that the model has positions for; None when it has no such bound."""
     saved: dict[str, SavedBytes]
-    """By precision, `fp32` and `bf16`."""
+    """By trace: `fp32` and `bf16` (parameters in it), `autocast` (fp32 parameters, bf16 products) with fused attention, as
+    on GPUs; `fp32/cpu` where the CPU has no fused kernel for this model, `fp32/eager` and `bf16/eager` without fusing."""
     flops: Flops
     """The same in every precision."""
+    peak: dict[str, dict[str, PeakBytes]] = field(default_factory=dict)
+    """By trace as in `saved`, then by recompute policy, `none` and `full`; empty where only sizes are known. Without `full`
+    the architecture cannot recompute its blocks."""
     loss_bytes_per_logit: int | None = None
     """What the loss holds of each logit, where the model brings a loss of its own; None: the plain loss of `launcher.task`."""
 
     num_active_params: int | None = None
     """Parameters that one token meets, fewer than all in a mixture of experts; None: all of them."""
+    num_block_passes: int | None = None
+    """Times that a block runs in one forward pass, more than there are blocks where they share weights (ALBERT); None: once each."""
+    derived: tuple[str, ...] = ()
+    """Kernels whose bytes and FLOPs follow from shapes, because they do not run here: `grouped_mm` say."""
     tensors: tuple[TensorGroup, ...] = ()
     """All parameters by shape, tied ones once; empty where only sizes are known, and sharding is counted unpadded."""
 
     @property
     def width(self) -> float:
         """Numbers per token between two blocks; 0 for a model without blocks."""
-        return self.saved["bf16"].block_inputs.per_token / (2 * self.num_blocks) if self.num_blocks else 0.0
+        passes = self.num_block_passes or self.num_blocks
+        return self.saved["bf16"].block_inputs.per_token / (2 * passes) if passes else 0.0
+
+    def trace_of(self, precision: str, autocast: bool = False, kernel: str = "fused") -> str:
+        """Key of `saved` and `peak`; `kernel` is `fused`, `cpu` or `eager`. The 16-bit formats keep alike."""
+        name = "fp32" if precision == "fp32" else ("autocast" if autocast and "autocast" in self.saved else "bf16")
+        return f"{name}/{kernel}" if f"{name}/{kernel}" in self.saved else name
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> ModelCost:
-        saved = {
-            precision: SavedBytes(**{part: LinearInBatch(**coefficients) for part, coefficients in parts.items()})
-            for precision, parts in raw["saved"].items()
+        saved = {trace: _saved(parts) for trace, parts in raw["saved"].items()}
+        peak = {
+            trace: {recompute: _peak(moments) for recompute, moments in policies.items()}
+            for trace, policies in raw["peak"].items()
         }
         tensors = tuple(TensorGroup(**{**group, "shape": tuple(group["shape"])}) for group in raw["tensors"])
-        return cls(**{**raw, "saved": saved, "flops": Flops(**raw["flops"]), "tensors": tensors})
+        return cls(
+            **{
+                **raw,
+                "saved": saved,
+                "peak": peak,
+                "flops": Flops(**raw["flops"]),
+                "tensors": tensors,
+                "derived": tuple(raw["derived"]),
+            }
+        )
+
+
+def _saved(raw: dict[str, Any]) -> SavedBytes:
+    parts: dict[str, Any] = {part: LinearInBatch(**one) if one else None for part, one in raw.items()}
+    return SavedBytes(**parts)
+
+
+def _peak(raw: dict[str, Any]) -> PeakBytes:
+    return PeakBytes(**{name: tuple(LinearInBatch(**one) for one in moments) for name, moments in raw.items()})
