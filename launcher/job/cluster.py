@@ -8,13 +8,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from launcher.errors import SpecError
-from launcher.job.load import decode, read_yaml
-from launcher.job.resources import resource_dir
-from launcher.job.spec import FROM_YAML, Bool, Positive, PositiveInt, Section, Text
+from launcher.job.load import decode
+from launcher.job.site import cluster_path, read_cluster
+from launcher.job.spec import FROM_YAML, Bool, PositiveInt, Section, Text
 from launcher.units import GIB
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), FROM_YAML]
+# No machine reaches the upper bounds: ten times today's largest, so what is above them is in the wrong unit.
+Tflops = Annotated[float, Field(gt=0, le=50_000, allow_inf_nan=False), FROM_YAML]
+DeviceMemory = Annotated[float, Field(gt=0, le=4096, allow_inf_nan=False), FROM_YAML]
+DeviceRate = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False), FROM_YAML]
+LinkRate = Annotated[float, Field(ge=0.001, le=20_000, allow_inf_nan=False), FROM_YAML]
+HostMemory = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False), FROM_YAML]
+HostRate = Annotated[float, Field(gt=0, le=20_000, allow_inf_nan=False), FROM_YAML]
+DiskRoom = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False), FROM_YAML]
+DiskRate = Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False), FROM_YAML]
+Price = Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False), FROM_YAML]
 
 
 class Gpu(Section):
@@ -24,7 +33,7 @@ class Gpu(Section):
     """What it is called by its maker."""
     kind: Literal["cuda", "cpu"]
     """How torch calls it."""
-    memory_gib: Annotated[float, Field(gt=0, lt=100_000, allow_inf_nan=False), FROM_YAML] | Literal["machine"]
+    memory_gib: DeviceMemory | Literal["machine"]
     """Memory that a job can allocate, in GiB; `machine`: this machine's RAM, shared by its ranks."""
     context_gib: Annotated[float, Field(ge=0, lt=100, allow_inf_nan=False), FROM_YAML]
     """Memory that the driver, the kernels' images and the communicators hold outside the allocator, in GiB."""
@@ -32,11 +41,11 @@ class Gpu(Section):
     """Whether bf16 products run at full speed in hardware."""
     fp16: Bool
     """Whether fp16 products run at full speed in hardware, as fast as bf16 where that is there too."""
-    peak_bf16_tflops: Positive
+    peak_bf16_tflops: Tflops
     """Data sheet: dense products in bf16, and in fp16 where bf16 is missing, in 1e12 operations per second; where neither is there, what emulation reaches."""
-    peak_fp32_tflops: Positive
+    peak_fp32_tflops: Tflops
     """Data sheet: products in fp32 as torch runs them unless told otherwise, TF32 off, in 1e12 per second."""
-    memory_gb_per_s: Positive
+    memory_gb_per_s: DeviceRate
     """Data sheet: bandwidth of its memory, in 1e9 bytes per second."""
     matmul_share: Share
     """Achievable: share of the peak that a matrix product of great width reaches."""
@@ -59,15 +68,20 @@ class Gpu(Section):
             raise ValueError(
                 f"has no memory left: context_gib {self.context_gib:g} of memory_gib {self.memory_gib:g}; mend one"
             )
+        if self.bf16 and self.peak_bf16_tflops < self.peak_fp32_tflops:
+            raise ValueError(
+                f"is slower in bf16 ({self.peak_bf16_tflops:g} TFLOP/s) than in fp32 ({self.peak_fp32_tflops:g}), though "
+                "bf16 is true; mend one, or set bf16 to false"
+            )
         return self
 
 
 class Link(Section):
     """How ranks are joined."""
 
-    intra_node_gb_per_s: Positive
+    intra_node_gb_per_s: LinkRate
     """Bandwidth between two ranks of a node, one direction, in 1e9 bytes per second."""
-    inter_node_gb_per_s: Positive
+    inter_node_gb_per_s: LinkRate
     """Bandwidth of a node's network per rank, one direction, in 1e9 bytes per second."""
     link_share: Share
     """Achievable: share of those bandwidths that large collectives reach."""
@@ -78,18 +92,24 @@ class Link(Section):
 class Host(Section):
     """The node around its accelerators: where states are offloaded to and checkpoints written."""
 
-    memory_gib: Annotated[float, Field(gt=0, lt=1_000_000, allow_inf_nan=False), FROM_YAML] | Literal["machine"]
+    memory_gib: HostMemory | Literal["machine"]
     """RAM of a node, in GiB; `machine`: this machine's."""
-    memory_gb_per_s: Positive
+    memory_gb_per_s: HostRate
     """Data sheet: bandwidth of the RAM of a node, in 1e9 bytes per second; an optimiser on the host is bound by it."""
-    device_gb_per_s: Positive
+    device_gb_per_s: HostRate
     """Achievable: copies between host and one accelerator, one direction, all accelerators at once, in 1e9 bytes per second."""
-    disk_gb_per_s: Positive
+    disk_gb_per_s: DiskRate
     """Achievable: writing a checkpoint from one node, in 1e9 bytes per second."""
-    nvme_gib: Annotated[float, Field(gt=0, lt=10_000_000, allow_inf_nan=False), FROM_YAML] | None = None
+    nvme_gib: DiskRoom | None = None
     """Room on the local NVMe disks of a node, in GiB; none, no offload to NVMe."""
-    nvme_gb_per_s: Positive | None = None
+    nvme_gb_per_s: DiskRate | None = None
     """Achievable: reading or writing those disks together, in 1e9 bytes per second."""
+
+    @model_validator(mode="after")
+    def _room_and_rate(self) -> Host:
+        if (self.nvme_gib is None) != (self.nvme_gb_per_s is None):
+            raise ValueError("has one of `nvme_gib` and `nvme_gb_per_s` without the other; give both or none")
+        return self
 
 
 OneLine = Annotated[Text, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -122,7 +142,7 @@ class SlurmSite(Section):
     """Shell lines of the site's own, run on the first node before the ranks start: `module load cuda`."""
 
 
-_NAMES = {("gpu", "name"), ("gpu", "kind")}  # the rest are figures
+_NAMES = {"gpu.name", "gpu.kind"}  # the rest are figures
 
 
 class Cluster(Section):
@@ -134,7 +154,7 @@ class Cluster(Section):
     """The interconnect."""
     host: Host
     """The node around them."""
-    price_per_gpu_hour: Positive | None = None
+    price_per_gpu_hour: Price | None = None
     """What an accelerator costs per hour, in `currency`."""
     currency: OneLine = "USD"
     """Of the price."""
@@ -145,15 +165,18 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Cluster:
-        figures = {
-            f"{section}.{key}"
-            for section, facts in (("gpu", self.gpu), ("link", self.link), ("host", self.host))
-            for key in type(facts).model_fields
-            if (section, key) not in _NAMES and getattr(facts, key) is not None
+        sections: dict[str, Section] = {"gpu": self.gpu, "link": self.link, "host": self.host}
+        keys: dict[str, tuple[Section, str]] = {
+            f"{section}.{key}": (facts, key) for section, facts in sections.items() for key in type(facts).model_fields
         }
-        missing = sorted(figures - set(self.sources))
-        if missing:
+        keys["price_per_gpu_hour"] = (self, "price_per_gpu_hour")
+        figures = {dotted for dotted, (facts, key) in keys.items() if getattr(facts, key) is not None} - _NAMES
+        if missing := sorted(figures - {dotted for dotted, words in self.sources.items() if words.strip()}):
             raise ValueError(f"`sources` says nothing of {', '.join(missing)}; add where each was read or measured")
+        if unknown := sorted(set(self.sources) - set(keys)):
+            raise ValueError(
+                f"`sources` speaks of {', '.join(unknown)}, which is no figure; mend the name, or remove it"
+            )
         return self
 
     def memory_bytes_per_rank(self, ranks_per_node: int) -> int:
@@ -174,11 +197,5 @@ def machine_memory_bytes() -> int:
 
 def load_cluster(name: str) -> Cluster:
     """Facts of a cluster by the name of a file in `slurm/clusters/` or by path; raises `SpecError`."""
-    folder = resource_dir("slurm") / "clusters"
-    path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise SpecError(
-            "cluster.name", name, "names no cluster file", f"known: {known}; or give the path of a YAML file"
-        )
-    return decode(Cluster, read_yaml(path, what="cluster file"), prefix=f"{path}: ")
+    path = cluster_path(name, "cluster.name", Path())
+    return decode(Cluster, read_cluster(path), prefix=f"{path}: ")

@@ -85,6 +85,12 @@ def cluster(name: str, *replacements: tuple[str, str]) -> Case:
     return Case(name, "plan job.yaml", {"cluster.yaml": text})
 
 
+def site(name: str, text: str, **others: str) -> Case:
+    """A cluster file of a site's own, and other files beside it."""
+    files = {f"{key}.yaml": other for key, other in others.items()}
+    return Case(name, "plan job.yaml --set cluster.name=./site.yaml", {"site.yaml": text, **files})
+
+
 def preset(name: str, text: str, strategy: str = "zero2") -> Case:
     options = f"--set parallel.strategy={strategy} --set parallel.deepspeed_preset=./preset.json"
     return Case(name, f"plan job.yaml {options} --emit out", {"preset.json": text})
@@ -190,6 +196,29 @@ CASES = [
     cluster("a figure without a source", ("  gpu.bf16: data sheet\n", "")),
     cluster("an unknown kind of accelerator", ("kind: cuda", "kind: tpu")),
     cluster("a context above the memory", ("context_gib: 1", "context_gib: 20")),
+    cluster("a bandwidth in bytes", ("memory_gb_per_s: 1555", "memory_gb_per_s: 1555e9")),
+    cluster("a peak in the wrong unit", ("peak_bf16_tflops: 312", "peak_bf16_tflops: 312e12")),
+    cluster("a link beyond reason", ("intra_node_gb_per_s: 300", "intra_node_gb_per_s: 1e6")),
+    cluster("a link of nothing", ("inter_node_gb_per_s: 25", "inter_node_gb_per_s: 0")),
+    cluster("a share in percent", ("matmul_share: 0.8", "matmul_share: 80")),
+    cluster("half precision slower than fp32", ("peak_fp32_tflops: 19.5", "peak_fp32_tflops: 400")),
+    cluster("a price below nothing", ("sources:", "price_per_gpu_hour: -2\nsources:")),
+    cluster("a price without a source", ("sources:", "price_per_gpu_hour: 2\nsources:")),
+    cluster("a figure is missing", (", launch_us: 5", "")),
+    cluster("a section is missing", ("link: {intra_node_gb_per_s: 300, ", "lnk: {intra_node_gb_per_s: 300, ")),
+    cluster("NVMe without its rate", ("host: {", "host: {nvme_gib: 7000, ")),
+    cluster("an empty source", ("gpu.bf16: data sheet", "gpu.bf16: ''")),
+    cluster("a source of no figure", ("gpu.bf16: data sheet", "gpu.bf16: data sheet\n  gpu.bf17: data sheet")),
+    site("base of no name", "base: 3"),
+    site("base that is not there", "base: a100"),
+    site("base of itself", "base: ./site.yaml"),
+    site("bases in a circle", "base: ./other.yaml", other="base: ./site.yaml"),
+    site("an override without a source", "base: h100-80\nlink: {inter_node_gb_per_s: 12.5}"),
+    site(
+        "an override beyond reason",
+        "base: h100-80\nlink: {inter_node_gb_per_s: 1e6}\nsources: {link.inter_node_gb_per_s: us}",
+    ),
+    site("an override of an unknown key", "base: h100-80\nlink: {inter_node: 12.5}"),
     cluster("nothing fits", ("memory_gib: 16", "memory_gib: 1.0001")),
     Case(
         "nothing fits, with fixed choices",

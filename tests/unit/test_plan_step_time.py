@@ -89,7 +89,7 @@ def test_collectives_that_nothing_hides(strategy: str, sent: int) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_a_fast_link_hides_all_that_may_be_hidden(strategy: str) -> None:
     """With enough arithmetic, `overlap_share` of the time; what overlaps nothing is all waited for."""
-    fast = {"link__intra_node_gb_per_s": 1e6, **FAST_HOST}
+    fast = {"link__intra_node_gb_per_s": 2e4, **FAST_HOST}
     shown = items(timed(cluster_of(10**6, gpu__overlap_share=0, **fast), strategy=strategy))["collectives"]
     hidden = items(timed(cluster_of(10**6, gpu__overlap_share=0.75, **fast), strategy=strategy))["collectives"]
     assert hidden == pytest.approx(shown / 4)
