@@ -59,7 +59,7 @@ def emitted(spec: JobSpec, made: Plan) -> dict[str, str]:
 
     files = {"plan.json": json.dumps(made.to_json(), indent=2) + "\n"}
     if made.engine == "deepspeed":
-        config = deepspeed_config(made, spec, load_preset(spec, made.chosen.strategy))
+        config = deepspeed_config(made, spec, load_preset(spec, made.chosen.layout))
         files["deepspeed.json"] = json.dumps(config, indent=2) + "\n"
     elif made.chosen.strategy == "fsdp":
         files["fsdp.json"] = json.dumps(fsdp_settings(made), indent=2) + "\n"

@@ -13,11 +13,13 @@ from typing import Any
 
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.resources import resource_dir
+from launcher.emit.offload import SUB_GROUP_ELEMENTS, offload_sections
 from launcher.job.spec import JobSpec
+from launcher.plan.layout import Layout
 from launcher.plan.memory import REDUCE_BUCKET_ELEMENTS
 from launcher.plan.values import Plan
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "hpz": 3}
 
 # Key -> what to do instead.
 DERIVED = {
@@ -30,6 +32,11 @@ DERIVED = {
     "optimizer": "set the keys of training",
     "scheduler": "set training.schedule",
     "zero_optimization.stage": "set parallel.strategy",
+    "zero_optimization.zero_hpz_partition_size": "set parallel.shard_group_size",
+    "zero_optimization.offload_optimizer": "set parallel.offload_optimizer",
+    "zero_optimization.offload_param": "set parallel.offload_params",
+    "zero_optimization.sub_group_size": "its bytes are part of the plan",
+    "zero_force_ds_cpu_optimizer": "the optimiser is chosen by what the machine can build",
     "zero_optimization.reduce_bucket_size": "its bytes are part of the plan",
     "zero_optimization.allgather_bucket_size": "its bytes are part of the plan",
 }
@@ -43,21 +50,29 @@ TUNABLE = {
     "zero_optimization.stage3_param_persistence_threshold",
     "zero_optimization.stage3_max_live_parameters",
     "zero_optimization.stage3_max_reuse_distance",
+    "aio",
     "communication_data_type",
     "steps_per_print",
     "wall_clock_breakdown",
 }
 
 
-def load_preset(spec: JobSpec, strategy: str) -> dict[str, Any]:
-    """The hand-tunable keys for a strategy: the spec's preset, or the one of `ds_configs/` with its name."""
-    name = spec.parallel.deepspeed_preset or strategy
+def load_preset(spec: JobSpec, layout: Layout) -> dict[str, Any]:
+    """The hand-tunable keys for a layout: the spec's preset, or the one of `ds_configs/` that is made for it."""
+    name = spec.parallel.deepspeed_preset or _preset_name(layout)
     path = Path(name) if "/" in name or name.endswith(".json") else resource_dir("ds_configs") / f"{name}.json"
     preset = _read(path, name)
     problems = [problem for key in _flat(preset) if (problem := _refusal(str(path), key, _flat(preset)[key]))]
     if problems:
         raise SpecError.several(problems)
     return preset
+
+
+def _preset_name(layout: Layout) -> str:
+    places = (layout.offload_optimizer, layout.offload_params)
+    if layout.strategy != "zero3" or places == ("none", "none"):
+        return layout.strategy
+    return "zero3-nvme" if "nvme" in places else "zero3-cpu-offload"
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
@@ -99,18 +114,34 @@ def _refusal(path: str, key: str, value: Any) -> Problem | None:
 
 def deepspeed_config(plan: Plan, spec: JobSpec, preset: dict[str, Any]) -> dict[str, Any]:
     """What `deepspeed.initialize(config=...)` gets. The optimiser and its schedule are passed as objects instead."""
-    chosen = plan.chosen
+    layout = plan.chosen.layout
     derived = {
         "train_batch_size": plan.global_batch_size,
-        "train_micro_batch_size_per_gpu": chosen.layout.micro_batch_size,
-        "gradient_accumulation_steps": chosen.layout.accumulation_steps,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation_steps,
         "gradient_clipping": spec.training.max_grad_norm or 0.0,
-        "bf16": {"enabled": chosen.layout.precision == "bf16"},
+        **_precision(layout),
     }
+    if layout.offload_optimizer != "none":
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW does where DeepSpeed's cannot be compiled
     zero = {
         **preset.get("zero_optimization", {}),
-        "stage": STAGES[chosen.strategy],
+        "stage": STAGES[layout.strategy],
         "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
         "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        **({"sub_group_size": SUB_GROUP_ELEMENTS} if STAGES[layout.strategy] == 3 else {}),
+        **({"zero_hpz_partition_size": layout.shard_group_size} if layout.strategy == "hpz" else {}),
+        **offload_sections(layout, spec, pinned=plan.device == "cuda"),
     }
     return {**preset, **derived, "zero_optimization": zero}
+
+
+LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+"""fp16: a scale that falls with every overflow (after one that is forgiven) and doubles after 1,000 steps without."""
+
+
+def _precision(layout: Layout) -> dict[str, Any]:
+    bf16 = {"bf16": {"enabled": layout.precision == "bf16"}}
+    if layout.precision != "fp16":
+        return bf16
+    return {**bf16, "fp16": {"enabled": True, **LOSS_SCALE, "min_loss_scale": 1}}

@@ -23,8 +23,12 @@ class Engine(Protocol):
         steps after this micro-batch.
         """
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear; returns the global gradient norm before clipping."""
+    @property
+    def num_skipped(self) -> int:
+        """Steps so far, before a resume too, that updated nothing because a scaled fp16 gradient overflowed."""
+
+    def step(self, lr: float) -> float | None:
+        """Clip, update, clear; returns the global gradient norm before clipping, None when the step was skipped."""
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Logits without dropout or gradient."""

@@ -177,7 +177,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
         waiting_since = time.perf_counter()
         for batches in steps:
             window.data_wait_seconds += time.perf_counter() - waiting_since
-            lr = learning_rate(spec.training, step, run.num_steps)
+            lr = learning_rate(spec.training, step - run.engine.num_skipped, run.num_steps)
             norm, stop = _step(run, batches, lr, window)
             step, position = step + 1, position + size
             report.advance(step)
@@ -200,8 +200,8 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float, bool]:
-    """One optimiser step; (gradient norm, whether any rank was told to stop)."""
+def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float | None, bool]:
+    """One optimiser step; (gradient norm, None for a skipped step; whether any rank was told to stop)."""
     moved = [{name: tensor.to(run.device) for name, tensor in batch.items()} for batch in batches]
     num_targets, num_tokens, stops = _sum_over_ranks(
         run,
@@ -215,7 +215,7 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tupl
     for number, batch in enumerate(moved, start=1):
         window.loss += run.engine.accumulate(batch, scale, is_last=number == len(moved)).double()
     norm = run.engine.step(lr)
-    if not math.isfinite(norm):
+    if norm is not None and not math.isfinite(norm):
         raise FleetuneError(
             f"the gradient norm became {norm}: lower training.lr or training.max_grad_norm; see the logs"
         )
@@ -230,7 +230,7 @@ def _sum_over_ranks(run: Run, values: list[float]) -> list[float]:
     return sums.tolist()
 
 
-def _record(run: Run, report: Reporter, window: Window, at: Position, lr: float, norm: float) -> None:
+def _record(run: Run, report: Reporter, window: Window, at: Position, lr: float, norm: float | None) -> None:
     dist.all_reduce(window.loss)
     seconds = time.perf_counter() - window.started
     report.record(
@@ -240,6 +240,7 @@ def _record(run: Run, report: Reporter, window: Window, at: Position, lr: float,
             "loss": window.loss.item() / max(1.0, window.targets),
             "lr": lr,
             "grad_norm": norm,
+            "skipped_steps": run.engine.num_skipped,
             "tokens_per_second": window.tokens / seconds,
             "samples": at.samples,
             "seconds": seconds,

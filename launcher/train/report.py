@@ -84,7 +84,9 @@ def _shown(kind: str, values: dict[str, Any]) -> str:
     if kind != "train":
         return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
     rate = f"{show_count(values['tokens_per_second'])} tokens/s"
-    return f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3g}  {rate}"
+    norm = values["grad_norm"]
+    step = "overflow: skipped" if norm is None else f"grad norm {norm:.3g}"
+    return f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {step}  {rate}"
 
 
 def _forget_after(path: Path, step: int) -> None:

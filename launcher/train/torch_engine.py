@@ -1,4 +1,4 @@
-"""torch's own engines: DDP, and FSDP2 with one group per transformer block. Checkpoints are torch DCP folders."""
+"""torch's own engines: DDP, and FSDP2 (also hybrid: HSDP) with one group per transformer block. Checkpoints are torch DCP folders."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.cost.architecture import blocks_of
-from launcher.emit.fsdp import fsdp_settings
+from launcher.emit.fsdp import STRATEGIES, fsdp_settings
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
@@ -26,20 +25,23 @@ from launcher.train.optim import adamw, parameter_groups
 
 class TorchEngine:
     folder_name = "dcp"
+    num_skipped = 0
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
         self._device = device
         self._max_norm = spec.training.max_grad_norm
-        self._sharded = plan.chosen.strategy == "fsdp"
-        self._autocast_bf16 = plan.chosen.layout.precision == "bf16" and not self._sharded
-        model.to(device)
-        if self._sharded:
-            self._model = _shard(model, plan, device)
+        layout = plan.chosen.layout
+        sharded = layout.strategy in STRATEGIES
+        self._autocast_bf16 = layout.precision == "bf16" and not sharded
+        if layout.precision == "pure_bf16":
+            model.to(torch.bfloat16)  # before the optimiser: its moments take the parameters' type
+        if sharded:
+            self._model = _shard(model, plan, device)  # moves it block by block: no rank ever holds all of it
         elif plan.num_ranks > 1:
-            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._model = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
         else:
-            self._model = model
+            self._model = model.to(device)
         self._optimizer = adamw(parameter_groups(self._model, spec.training.weight_decay), spec.training, device)
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -93,7 +95,11 @@ def _shard(model: Any, plan: Plan, device: torch.device) -> Any:
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, settings["param_dtype"]), reduce_dtype=getattr(torch, settings["reduce_dtype"])
     )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    sizes = settings["mesh"]
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    offload: OffloadPolicy = pinned if settings["cpu_offload"] else OffloadPolicy()
+    reshard = settings["reshard_after_forward"]
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=settings["reshard_after_forward"])
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)

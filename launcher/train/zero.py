@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO-1, -2 and -3. Checkpoints are DeepSpeed's own folders, under the tag `zero`."""
+"""DeepSpeed ZeRO-1, -2 and -3, hpZ, offload. Checkpoints are DeepSpeed's own folders, under the tag `zero`."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from launcher.emit.deepspeed_json import deepspeed_config, load_preset
+from launcher.emit.deepspeed_json import STAGES, deepspeed_config, load_preset
 from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import model_inputs
+from launcher.train.host_optim import check_nvme, host_adamw
 from launcher.train.optim import adamw, parameter_groups
 
 TAG = "zero"
@@ -34,14 +36,16 @@ class ZeroEngine:
             # DeepSpeed compiles this op for 40 s and more before the first CPU run; only its inference all-reduce,
             # which training never calls, would use it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        groups = parameter_groups(model, spec.training.weight_decay)
+        layout = plan.chosen.layout
+        check_nvme(layout)
+        groups, on_host = parameter_groups(model, spec.training.weight_decay), layout.offload_optimizer != "none"
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(device) if plan.chosen.strategy != "zero3" else model,
-            optimizer=adamw(groups, spec.training, device),
-            config=deepspeed_config(plan, spec, load_preset(spec, plan.chosen.strategy)),
+            model=model.to(device) if STAGES[layout.strategy] < 3 else model,
+            optimizer=host_adamw(groups, spec.training) if on_host else adamw(groups, spec.training, device),
+            config=deepspeed_config(plan, spec, load_preset(spec, layout)),
             dist_init_required=False,
         )
-        self._device = device
+        self._scales_loss = layout.precision == "fp16"
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DeepSpeed counts the micro-batches itself, as its configuration tells it; the scale is already the step's."""
@@ -51,11 +55,17 @@ class ZeroEngine:
             self._engine.step()  # moves its counter; it updates at the boundary only
         return loss_sum.detach()
 
-    def step(self, lr: float) -> float:
+    @property
+    def num_skipped(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def step(self, lr: float) -> float | None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         assert self._engine.is_gradient_accumulation_boundary(), "the plan and DeepSpeed count alike"
         self._engine.step()
+        if not self._engine.was_step_applied():  # in fp32 and bf16, too, DeepSpeed skips what is not finite
+            return None if self._scales_loss else math.inf
         return float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()

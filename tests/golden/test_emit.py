@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launcher.emit import deepspeed_config, launch_command, load_preset
+from launcher.emit import deepspeed_config, fsdp_settings, launch_command, load_preset
 from launcher.emit.argv import RUN_FILE
 from launcher.plan import Plan, make_plan
 from launcher.plan.explain import explain
 from tests.golden.compare import Golden
-from tests.unit.costs import cluster_of, llama_405b, small_cost, spec_of
+from tests.unit.costs import DEEPSPEED_LAYOUTS, cluster_of, laid_out, llama_405b, small_cost, spec_of
 
 
 def planned(strategy: str, kind: str = "cuda", **changes: Any) -> tuple[Any, Plan]:
@@ -23,14 +23,28 @@ def planned(strategy: str, kind: str = "cuda", **changes: Any) -> tuple[Any, Pla
     return spec, make_plan(spec, small_cost(), cluster_of(10**9, kind=kind))
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_deepspeed_configuration(strategy: str, golden: Golden) -> None:
+@pytest.mark.parametrize("case", DEEPSPEED_LAYOUTS)
+def test_deepspeed_configuration(case: str, golden: Golden) -> None:
     """The shipped preset and what the plan derives."""
-    spec, plan = planned(strategy)
-    golden.check(
-        f"deepspeed-{strategy}.json",
-        json.dumps(deepspeed_config(plan, spec, load_preset(spec, strategy)), indent=2) + "\n",
-    )
+    spec, plan = planned("zero3", parallel__nvme_path="/scratch/nvme")
+    plan = laid_out(plan, **DEEPSPEED_LAYOUTS[case])
+    config = deepspeed_config(plan, spec, load_preset(spec, plan.chosen.layout))
+    golden.check(f"deepspeed-{case}.json", json.dumps(config, indent=2) + "\n")
+
+
+FSDP = {
+    "fsdp": {"strategy": "fsdp"},
+    "fsdp-offload": {"strategy": "fsdp", "offload_params": "cpu", "offload_optimizer": "cpu"},
+    "hsdp-kept": {"strategy": "hsdp", "shard_group_size": 8, "reshard_after_forward": False},
+    "hsdp-pure-bf16": {"strategy": "hsdp", "shard_group_size": 4, "precision": "pure_bf16"},
+}
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_fsdp_settings(case: str, golden: Golden) -> None:
+    """On two nodes of eight ranks."""
+    plan = laid_out(planned("fsdp")[1], nodes=2, ranks_per_node=8, **FSDP[case])
+    golden.check(f"fsdp-{case}.json", json.dumps(fsdp_settings(plan), indent=2) + "\n")
 
 
 def test_plan_json(golden: Golden) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from launcher.cost import cache
 from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes
 from launcher.job import Cluster, JobSpec, parse_spec
+from launcher.plan import Plan
 from launcher.units import GIB
 
 
@@ -126,6 +128,28 @@ def spec_of(**changes: Any) -> JobSpec:
             node = node.setdefault(key, {})
         node[last] = value
     return parse_spec(raw)
+
+
+DEEPSPEED_LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero1": {"strategy": "zero1"},
+    "zero2": {"strategy": "zero2"},
+    "zero3": {"strategy": "zero3"},
+    "zero2-fp16": {"strategy": "zero2", "precision": "fp16"},
+    "zero2-cpu-offload": {"strategy": "zero2", "offload_optimizer": "cpu"},
+    "zero3-cpu-offload": {"strategy": "zero3", "offload_optimizer": "cpu", "offload_params": "cpu"},
+    "zero3-nvme": {"strategy": "zero3", "offload_optimizer": "nvme", "offload_params": "nvme"},
+    "hpz": {"strategy": "hpz", "nodes": 2, "ranks_per_node": 8, "shard_group_size": 8},
+}
+"""One of each kind that DeepSpeed is configured for."""
+
+
+def laid_out(plan: Plan, **changes: Any) -> Plan:
+    """The plan with another layout: what is emitted follows from the layout alone, however it came to be chosen."""
+    layout = replace(plan.chosen.layout, **changes)
+    chosen = replace(plan.chosen, layout=layout)
+    batch = layout.num_ranks * layout.micro_batch_size * layout.accumulation_steps
+    sizes = {"nodes": layout.nodes, "gpus_per_node": layout.ranks_per_node, "global_batch_size": batch}
+    return replace(plan, chosen=chosen, **sizes)
 
 
 @contextlib.contextmanager

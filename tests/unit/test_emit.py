@@ -17,7 +17,7 @@ from launcher.errors import SpecError
 from launcher.plan import Plan, make_plan
 from launcher.plan.memory import REDUCE_BUCKET_ELEMENTS
 from tests.support import REPO
-from tests.unit.costs import cluster_of, small_cost, spec_of
+from tests.unit.costs import DEEPSPEED_LAYOUTS, cluster_of, laid_out, small_cost, spec_of
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -31,7 +31,14 @@ def planned(strategy: str, **changes: Any) -> tuple[Any, Plan]:
 
 def config_of(strategy: str, **changes: Any) -> dict[str, Any]:
     spec, plan = planned(strategy, **changes)
-    return deepspeed_config(plan, spec, load_preset(spec, strategy))
+    return deepspeed_config(plan, spec, load_preset(spec, plan.chosen.layout))
+
+
+def config_of_layout(case: str) -> dict[str, Any]:
+    """Of a plan with one of `DEEPSPEED_LAYOUTS`."""
+    spec, plan = planned("zero3", parallel__nvme_path="/scratch/nvme")
+    plan = laid_out(plan, **DEEPSPEED_LAYOUTS[case])
+    return deepspeed_config(plan, spec, load_preset(spec, plan.chosen.layout))
 
 
 def values(node: Any) -> list[Any]:
@@ -40,10 +47,10 @@ def values(node: Any) -> list[Any]:
     return [node]
 
 
-@pytest.mark.parametrize("strategy", STAGES)
-def test_nothing_is_left_open(strategy: str) -> None:
+@pytest.mark.parametrize("case", DEEPSPEED_LAYOUTS)
+def test_nothing_is_left_open(case: str) -> None:
     """No `auto`, which only the Trainer of transformers would fill in, and JSON all through."""
-    config = config_of(strategy)
+    config = config_of_layout(case)
     assert "auto" not in values(config)
     assert json.loads(json.dumps(config)) == config
 
@@ -62,32 +69,52 @@ def test_the_plan_and_the_configuration_say_the_same(strategy: str) -> None:
     assert config_of(strategy, training__max_grad_norm=None)["gradient_clipping"] == 0.0
 
 
-def test_deepspeed_accepts_every_stage() -> None:
+def test_deepspeed_accepts_every_layout() -> None:
     """Its own `DeepSpeedConfig`, in a process of its own: it checks the batch arithmetic and refuses unknown ZeRO keys."""
     body = """
 import json, sys
 import deepspeed.runtime.config as module
-module.dist.get_rank, module.dist.get_world_size = lambda: 0, lambda: 2
 seen = []
 for config in json.load(sys.stdin):
+    ranks = config["train_batch_size"] // config["train_micro_batch_size_per_gpu"] // config["gradient_accumulation_steps"]
+    module.dist.get_rank, module.dist.get_world_size = lambda: 0, lambda: ranks
     read = module.DeepSpeedConfig(config)
+    zero = read.zero_config
+    place = lambda section: section and section.device.value
     seen.append([read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps,
-                 read.zero_optimization_stage, read.zero_config.reduce_bucket_size, read.bfloat16_config.enabled,
-                 read.gradient_clipping])
+                 read.zero_optimization_stage, zero.reduce_bucket_size, read.bfloat16_config.enabled,
+                 read.float16_config.enabled, read.gradient_clipping, zero.zero_hpz_partition_size,
+                 place(zero.offload_optimizer), place(zero.offload_param), read.zero_force_ds_cpu_optimizer])
 print(json.dumps(seen))
 """
     done = subprocess.run(
         [sys.executable, "-c", body],
-        input=json.dumps([config_of(strategy) for strategy in STAGES]),
+        input=json.dumps([config_of_layout(case) for case in DEEPSPEED_LAYOUTS]),
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [
-        [8, 2, 2, stage, REDUCE_BUCKET_ELEMENTS, True, 1.0] for stage in STAGES.values()
+    seen = json.loads(done.stdout.splitlines()[-1])
+    expected = [
+        [8, 2, 2, 1, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
+        [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, False, True, 1.0, 1, None, None, True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "cpu", None, False],
+        [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "cpu", "cpu", False],
+        [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "nvme", "nvme", False],
+        [64, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 8, None, None, True],
     ]
+    assert dict(zip(DEEPSPEED_LAYOUTS, seen, strict=True)) == dict(zip(DEEPSPEED_LAYOUTS, expected, strict=True))
+
+
+def test_state_on_nvme_needs_a_folder() -> None:
+    spec, plan = planned("zero3")
+    plan = laid_out(plan, **DEEPSPEED_LAYOUTS["zero3-nvme"])
+    with pytest.raises(SpecError, match=r"parallel\.nvme_path: is missing"):
+        deepspeed_config(plan, spec, {})
 
 
 # --- presets
@@ -95,15 +122,17 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize("path", sorted((REPO / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_presets_hold_tunable_keys_only(path: Path) -> None:
-    spec, _ = planned(path.stem)
-    assert load_preset(spec, path.stem) == json.loads(path.read_text())
+    """And each is the one that is taken for its layout."""
+    spec, plan = planned("zero3")
+    layout = laid_out(plan, **DEEPSPEED_LAYOUTS[path.stem]).chosen.layout
+    assert load_preset(spec, layout) == json.loads(path.read_text())
 
 
 def with_preset(text: str, tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "mine.json"
     path.write_text(text)
-    spec, _ = planned("zero2", parallel={"strategy": "zero2", "deepspeed_preset": str(path)})
-    return load_preset(spec, "zero2")
+    spec, plan = planned("zero2", parallel={"strategy": "zero2", "deepspeed_preset": str(path)})
+    return load_preset(spec, plan.chosen.layout)
 
 
 def nested(key: str, value: Any) -> str:
@@ -134,7 +163,7 @@ def test_a_preset_reaches_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"zero_optimization": {"overlap_comm": true}, "wall_clock_breakdown": true}')
     spec, plan = planned("zero2", parallel={"strategy": "zero2", "deepspeed_preset": str(path)})
-    config = deepspeed_config(plan, spec, load_preset(spec, "zero2"))
+    config = deepspeed_config(plan, spec, load_preset(spec, plan.chosen.layout))
     assert (config["wall_clock_breakdown"], config["zero_optimization"]["overlap_comm"]) == (True, True)
     assert config["zero_optimization"]["stage"] == 2
 
@@ -161,7 +190,10 @@ def test_fsdp_reduces_in_fp32(precision: str, dtype: str) -> None:
     _, plan = planned("fsdp", parallel={"strategy": "fsdp", "precision": precision})
     assert fsdp_settings(plan) == {
         "wrap": "transformer_blocks",
+        "mesh": {"shard": 2},
         "reshard_after_forward": True,
+        "cpu_offload": False,
+        "state_dtype": "float32",
         "param_dtype": dtype,
         "reduce_dtype": "float32",
     }
