@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launcher.emit.offload import SUB_GROUP_ELEMENTS, offload_sections
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.resources import resource_dir
-from launcher.emit.offload import SUB_GROUP_ELEMENTS, offload_sections
 from launcher.job.spec import JobSpec
 from launcher.plan.layout import Layout
 from launcher.plan.memory import REDUCE_BUCKET_ELEMENTS

@@ -80,7 +80,7 @@ for config in json.load(sys.stdin):
     module.dist.get_rank, module.dist.get_world_size = lambda: 0, lambda: ranks
     read = module.DeepSpeedConfig(config)
     zero = read.zero_config
-    place = lambda section: section and section.device.value
+    place = lambda section: "none" if section is None else str(getattr(section.device, "value", section.device))
     seen.append([read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps,
                  read.zero_optimization_stage, zero.reduce_bucket_size, read.bfloat16_config.enabled,
                  read.float16_config.enabled, read.gradient_clipping, zero.zero_hpz_partition_size,
@@ -98,14 +98,14 @@ print(json.dumps(seen))
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     expected = [
-        [8, 2, 2, 1, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
-        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
-        [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, None, None, True],
-        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, False, True, 1.0, 1, None, None, True],
-        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "cpu", None, False],
+        [8, 2, 2, 1, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "none", "none", True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "none", "none", True],
+        [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "none", "none", True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, False, True, 1.0, 1, "none", "none", True],
+        [8, 2, 2, 2, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "cpu", "none", False],
         [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "cpu", "cpu", False],
         [8, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 1, "nvme", "nvme", False],
-        [64, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 8, None, None, True],
+        [64, 2, 2, 3, REDUCE_BUCKET_ELEMENTS, True, False, 1.0, 8, "none", "none", True],
     ]
     assert dict(zip(DEEPSPEED_LAYOUTS, seen, strict=True)) == dict(zip(DEEPSPEED_LAYOUTS, expected, strict=True))
 
