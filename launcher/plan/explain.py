@@ -40,13 +40,14 @@ def _head(plan: Plan) -> list[str]:
 
 def _memory(memory: Memory) -> list[str]:
     largest = max(item.num_bytes for item in memory.items)
-    lines = ["memory per rank at the peak:"]
+    lines = [f"memory per rank at the peak, {memory.moment}:"]
     lines += [
         _line(item.name, show_bytes(item.num_bytes), item.num_bytes / largest, item.formula) for item in memory.items
     ]
-    share = memory.total_bytes / memory.usable_bytes if memory.usable_bytes > 0 else float("inf")
+    usable = memory.usable_bytes or 0
+    share = memory.total_bytes / usable if usable > 0 else float("inf")
     total = f"{show_bytes(memory.total_bytes):>10}"
-    lines.append(f"  {'total':<20} {total}  {share:.0%} of {show_bytes(memory.usable_bytes)} usable")
+    lines.append(f"  {'total':<20} {total}  {share:.0%} of {show_bytes(usable)} usable")
     return lines
 
 

@@ -16,7 +16,7 @@ from launcher.job.cluster import Cluster
 from launcher.job.spec import JobSpec
 from launcher.plan.collectives import communication_bytes
 from launcher.plan.layout import ENGINE_OF, Layout
-from launcher.plan.memory import rank_memory
+from launcher.plan.memory import checkpoint_disk, host_memory, nvme_memory, rank_memory
 from launcher.plan.step_time import step_time
 from launcher.plan.values import Candidate, Plan, Rejected
 from launcher.units import show_bytes, show_time
@@ -31,11 +31,11 @@ def make_plan(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Plan:
     _check_lengths(spec, cost)
     _check_batch(spec)
     candidates = list(_candidates(spec, cost, cluster))
-    fitting = ranked([candidate for candidate in candidates if candidate.memory.fits])
+    fitting = ranked([candidate for candidate in candidates if candidate.fits])
     if not fitting:
         raise _nothing_fits(spec, candidates)
     chosen = fitting[0]
-    too_large = ranked([candidate for candidate in candidates if not candidate.memory.fits])
+    too_large = ranked([candidate for candidate in candidates if not candidate.fits])
     return Plan(
         chosen=chosen,
         nodes=spec.cluster.nodes,
@@ -84,12 +84,18 @@ def _candidates(spec: JobSpec, cost: ModelCost, cluster: Cluster) -> Iterator[Ca
                     recompute=recompute,
                     precision=precision,
                 )
-                yield _weighed(cost, cluster, layout)
+                yield _weighed(spec, cost, cluster, layout)
 
 
-def _weighed(cost: ModelCost, cluster: Cluster, layout: Layout) -> Candidate:
+def _weighed(spec: JobSpec, cost: ModelCost, cluster: Cluster, layout: Layout) -> Candidate:
     return Candidate(
-        layout, rank_memory(cost, cluster, layout), communication_bytes(cost, layout), step_time(cost, cluster, layout)
+        layout,
+        memory=rank_memory(cost, cluster, layout),
+        host=host_memory(cost, cluster, layout),
+        nvme=nvme_memory(cost, cluster, layout),
+        disk=checkpoint_disk(cost, layout, spec.checkpoint.keep_last),
+        communication_bytes=communication_bytes(cost, layout),
+        step_time=step_time(cost, cluster, layout),
     )
 
 
@@ -142,7 +148,7 @@ def _check_batch(spec: JobSpec) -> None:
 def _reason(spec: JobSpec, fitting: list[Candidate], too_large: list[Candidate]) -> str:
     """Why the winner won: its time against the best of each other strategy, then what is faster but does not fit."""
     chosen = fitting[0]
-    room = f"{show_bytes(chosen.memory.total_bytes)} of {show_bytes(chosen.memory.usable_bytes)} per rank"
+    room = f"{show_bytes(chosen.memory.total_bytes)} of {show_bytes(chosen.memory.usable_bytes or 0)} per rank"
     took = show_time(chosen.step_time.seconds)
     if spec.parallel.strategy != "auto":
         return f"{chosen.strategy} is what the spec asks for; it fits ({room}) and takes {took} per step"
@@ -174,10 +180,13 @@ def _best_of_each(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _shortfall(candidate: Candidate) -> str:
-    memory = candidate.memory
+    """Of the first place that is too small; of the accelerator where none is."""
+    memory = next(iter(candidate.too_small), candidate.memory)
+    assert memory.usable_bytes is not None, "what has no limit is never too small"
     largest = sorted(memory.items, key=lambda item: -item.num_bytes)[:3]
     parts = ", ".join(f"{item.name} {show_bytes(item.num_bytes)}" for item in largest)
-    return f"{show_bytes(memory.total_bytes)} needed, {show_bytes(memory.usable_bytes)} usable ({parts})"
+    where = {"rank": "", "host": " in the RAM of a node", "nvme": " on the NVMe disks of a node"}[memory.place]
+    return f"{show_bytes(memory.total_bytes)} needed{where}, {show_bytes(memory.usable_bytes)} usable ({parts})"
 
 
 def _nothing_fits(spec: JobSpec, candidates: list[Candidate]) -> PlanError:

@@ -9,32 +9,73 @@ from typing import Any, Literal
 
 from launcher.plan.layout import Engine, Layout
 
+Basis = Literal["counted", "traced", "bound", "assumed", "margin"]
+SPREAD: dict[str, tuple[float, float]] = {
+    "counted": (1.0, 1.0),
+    "traced": (0.95, 1.05),
+    "bound": (0.25, 1.0),
+    "assumed": (0.5, 1.5),
+    "margin": (0.0, 2.0),
+}
+"""Lowest and highest value of an item as a share of the expected one: counted from tensors that the engine's source
+allocates; traced from the model's modules; a limit that the engine need not reach; a working value; left free on purpose."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the memory account."""
+    """One line of a memory account."""
 
     name: str
     num_bytes: int
+    """Expected."""
     formula: str
     """How the bytes come about, in words and letters: P parameters, N ranks, B micro-batch, T sequence length."""
+    source: str = ""
+    """Where the formula was read: the engine's file and name, or how it was measured."""
+    basis: Basis = "counted"
+    """What the figure rests on; `assumed` was measured nowhere."""
+
+    @property
+    def low_bytes(self) -> int:
+        return round(SPREAD[self.basis][0] * self.num_bytes)
+
+    @property
+    def high_bytes(self) -> int:
+        return round(SPREAD[self.basis][1] * self.num_bytes)
+
+
+Place = Literal["rank", "host", "nvme", "disk"]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank at the peak of a step."""
+    """Bytes that one place must hold at its peak."""
 
     items: tuple[Item, ...]
-    usable_bytes: int
-    """What the cluster gives one rank."""
+    usable_bytes: int | None
+    """What the cluster gives; None where no file says it (disk)."""
+    place: Place = "rank"
+    """`rank`: an accelerator (on a CPU cluster, the rank's share of the RAM); `host`: RAM of a node; `nvme`: local disks of a node; `disk`: the run's folder."""
+    moment: str = ""
+    """When in the step the peak is; for a rank."""
 
     @property
     def total_bytes(self) -> int:
+        """Expected."""
         return sum(item.num_bytes for item in self.items)
 
     @property
+    def low_bytes(self) -> int:
+        return sum(item.low_bytes for item in self.items)
+
+    @property
+    def high_bytes(self) -> int:
+        return sum(item.high_bytes for item in self.items)
+
+    @property
     def fits(self) -> bool:
-        return self.total_bytes <= self.usable_bytes
+        """The rule: what is expected, margin included, is at most what is usable."""
+        return self.usable_bytes is None or self.total_bytes <= self.usable_bytes
 
 
 Bound = Literal["arithmetic", "memory bandwidth", "network", "kernel launches", "host memory", "host link", "disk"]
@@ -93,9 +134,25 @@ class Candidate:
 
     layout: Layout
     memory: Memory
+    """Of one rank's accelerator."""
     communication_bytes: int
     """What one rank sends per optimiser step, in bytes (ring collectives)."""
     step_time: StepTime
+    host: Memory = Memory((), None, "host")
+    """RAM of one node."""
+    nvme: Memory = Memory((), None, "nvme")
+    """Local NVMe disks of one node; without items unless something is offloaded there."""
+    disk: Memory = Memory((), None, "disk")
+    """Checkpoints in the run's folder, all ranks together."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.too_small
+
+    @property
+    def too_small(self) -> tuple[Memory, ...]:
+        """The places that cannot hold it."""
+        return tuple(place for place in (self.memory, self.host, self.nvme, self.disk) if not place.fits)
 
     @property
     def label(self) -> str:
@@ -174,6 +231,9 @@ class Plan:
                 "reason": self.reason,
             },
             "memory": _memory_json(self.chosen.memory),
+            "host_memory": _memory_json(self.chosen.host),
+            "nvme": _memory_json(self.chosen.nvme),
+            "disk": _memory_json(self.chosen.disk),
             "step_time": {**_time_json(self.chosen.step_time), "job_seconds": self.job_seconds},
             "alternatives": [_candidate_json(candidate) for candidate in self.alternatives],
             "rejected": [{**_candidate_json(lost.candidate), "reason": lost.reason} for lost in self.rejected],
@@ -181,7 +241,16 @@ class Plan:
 
 
 def _memory_json(memory: Memory) -> dict[str, Any]:
-    return {**asdict(memory), "total_bytes": memory.total_bytes}
+    """`items usable_bytes total_bytes low_bytes high_bytes fits`; the total is what is expected."""
+    bounds = ("low_bytes", "high_bytes")
+    return {
+        "items": [{**asdict(item), **{key: getattr(item, key) for key in bounds}} for item in memory.items],
+        "usable_bytes": memory.usable_bytes,
+        "total_bytes": memory.total_bytes,
+        **{key: getattr(memory, key) for key in bounds},
+        "fits": memory.fits,
+        "moment": memory.moment,
+    }
 
 
 def _time_json(time: StepTime) -> dict[str, Any]:

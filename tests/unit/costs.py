@@ -94,13 +94,13 @@ def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda", **ch
         "gpu": {
             "name": "Some",
             "kind": kind,
-            "memory_gib": memory_bytes / GIB,
+            "memory_gib": (memory_bytes + 0.5) / GIB,  # not a byte less when it is rounded
             "context_gib": 0,
             "bf16": bf16,
             "fp16": False,
         },
         "link": {"intra_node_gb_per_s": 1, "inter_node_gb_per_s": 1},
-        "host": {"memory_gib": 1024, "memory_gb_per_s": 100, "device_gb_per_s": 10, "disk_gb_per_s": 1},
+        "host": {"memory_gib": 900_000, "memory_gb_per_s": 100, "device_gb_per_s": 10, "disk_gb_per_s": 1},
     }
     for section, speeds in SPEED.items():
         facts[section] |= speeds
