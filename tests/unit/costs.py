@@ -100,7 +100,7 @@ def cluster_of(memory_bytes: float, bf16: bool = False, kind: str = "cuda", **ch
             "fp16": False,
         },
         "link": {"intra_node_gb_per_s": 1, "inter_node_gb_per_s": 1},
-        "host": {"memory_gib": 900_000, "memory_gb_per_s": 100, "device_gb_per_s": 10, "disk_gb_per_s": 1},
+        "host": {"memory_gib": 100_000, "memory_gb_per_s": 100, "device_gb_per_s": 10, "disk_gb_per_s": 1},
     }
     for section, speeds in SPEED.items():
         facts[section] |= speeds
