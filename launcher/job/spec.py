@@ -162,7 +162,8 @@ class MethodSection(ShorthandSection):
 
 
 _FREEZING = tuple(key for key in MethodSection.model_fields if key.startswith("freeze"))
-_IDLE_KEYS = {"full": tuple(set(MethodSection.model_fields) - {"name", *_FREEZING}), "lora": _FREEZING}
+ADAPTER_KEYS = tuple(key for key in MethodSection.model_fields if key not in ("name", *_FREEZING))
+_IDLE_KEYS = {"full": ADAPTER_KEYS, "lora": _FREEZING}
 _IDLE_WORDS = {
     "full": "which is for adapters; remove it, or give `name: lora`",
     "lora": "but lora freezes every weight; remove it, or choose layers by `target_modules`",

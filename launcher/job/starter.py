@@ -1,6 +1,6 @@
 """The commented spec that `fleetune init` writes: every key there is, with its meaning from `spec.py`.
 
-Keys are set to the starter's value or to their default; those that are null unless given stand behind `#`.
+Keys are set to the starter's value or to their default; those that are null unless given, or only for adapters, stand behind `#`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher.errors import SpecError
-from launcher.job.spec import JobSpec, TaskSection
+from launcher.job.spec import ADAPTER_KEYS, JobSpec, TaskSection
 
 _VALUES: dict[str, dict[str, Any]] = {
     "causal_lm": {
@@ -72,7 +72,7 @@ def _entry(name: str, field: FieldInfo, values: dict[str, Any]) -> list[str]:
 def _key(key: str, field: FieldInfo, value: Any, indent: str) -> list[str]:
     """The key's meaning, and its value; one that is null unless given stands behind `#`."""
     shown = value if value is not None else field.get_default(call_default_factory=True)
-    mark = "# " if shown is None else ""
+    mark = "# " if shown is None or key in ADAPTER_KEYS else ""
     text = yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=1000).removesuffix("...\n").strip()
     meaning = [f"{indent}# {line}" for line in textwrap.wrap(field.description or "", 110 - len(indent))]
     return [*meaning, f"{indent}{mark}{key}: {text}"]
