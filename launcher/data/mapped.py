@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -32,25 +32,6 @@ _MADV_DONTNEED = 4  # linux/mman.h; the pages stay in the page cache
 
 Allocate = Callable[[tuple[int, int]], NDArray[np.int64]]
 """Makes an int64 array of a shape that is overwritten at once: ordinary memory, or pinned."""
-
-
-class TokenBlock(Sequence[Row]):
-    """Rows of equal length that hold tokens only, as one array (rows, tokens): a batch without another copy."""
-
-    def __init__(self, tokens: NDArray[np.int64]) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @overload
-    def __getitem__(self, which: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, which: slice) -> TokenBlock: ...
-
-    def __getitem__(self, which: int | slice) -> Row | TokenBlock:
-        return TokenBlock(self.tokens[which]) if isinstance(which, slice) else {"input_ids": self.tokens[which]}
 
 
 @dataclass(frozen=True)
@@ -79,12 +60,12 @@ class PreparedSplit:
             for shard, place, sample in zip(numbers.tolist(), places, ids, strict=True)
         ]
 
-    def block(self, ids: Ints, allocate: Allocate | None = None) -> TokenBlock | None:
-        """The samples with these ids as one block, or None unless all of them hold tokens only and equally many."""
+    def block(self, ids: Ints, allocate: Allocate | None = None) -> Ints | None:
+        """The tokens of these samples, (samples, tokens), or None unless they hold tokens only and equally many."""
         self._pages.touch(len(ids))
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         places = ids - self._starts[numbers]
-        tokens: NDArray[np.int64] | None = None
+        tokens: Ints | None = None
         for number in np.flatnonzero(np.bincount(numbers)).tolist():
             chosen = numbers == number
             found = self._shard(number).windows(places[chosen])
@@ -95,7 +76,14 @@ class PreparedSplit:
                 shape = (len(ids), windows.shape[1])
                 tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
             tokens[chosen] = windows[starts]
-        return None if tokens is None else TokenBlock(tokens)
+        return tokens
+
+    def costs(self, ids: Ints) -> Ints:
+        """Tokens of each of these samples."""
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        places = (ids - self._starts[numbers]).tolist()
+        pairs = zip(numbers.tolist(), places, strict=True)
+        return np.array([len(self._shard(shard).row(place)["input_ids"]) for shard, place in pairs], dtype=np.int64)
 
     def lengths(self) -> Ints:
         """Tokens of every sample, in their order: 8 bytes each."""

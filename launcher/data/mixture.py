@@ -73,6 +73,16 @@ class MixtureOrder:
             samples[mine], epochs[mine] = self._drawn(self.sources[number], turns[mine])
         return Places(sources, samples, epochs)
 
+    def samples(self, start: int, count: int) -> Ints:
+        """As `GlobalOrder.samples`, where the samples of all sources stand one source after another."""
+        places = self.places(start, count)
+        sizes = np.array([source.num_samples for source in self.sources], dtype=np.int64)
+        return (np.cumsum(sizes) - sizes)[places.sources] + places.samples
+
+    def epochs(self, start: int, count: int) -> Ints:
+        """The epoch of its own source at each of these positions."""
+        return self.places(start, count).epochs
+
     def counts(self, position: int) -> dict[str, int]:
         """Samples that each source has given before `position`, by name."""
         stretch = next(s for s in reversed(self._stretches) if s.start <= position)

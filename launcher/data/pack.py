@@ -21,13 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.mapped import PreparedSplit
+from launcher.data.mapped import Allocate, PreparedSplit
 from launcher.data.order import Ints
 from launcher.errors import DataError
 from launcher.task import Row
 
 PLAN_VERSION = 1
 """Raised when the same lengths would give other bins."""
+
+_ARRAYS = ("documents", "starts", "costs")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Bins:
 
     documents: Ints
     starts: Ints
+    costs: Ints
+    """Sum of the squared lengths in each bin: what its attention costs."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -61,8 +65,10 @@ def best_fit(lengths: Ints, capacity: int) -> Bins:
             bin_of[done:end] = rooms.open(num_bins, length, end - done)
             num_bins, done = int(bin_of[end - 1]) + 1, end
     by_bin = np.argsort(bin_of, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
-    return Bins(longest_first[by_bin], starts.astype(np.int64))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))]).astype(np.int64)
+    documents = longest_first[by_bin]
+    squares = np.concatenate([[0], np.cumsum(lengths[documents] ** 2)])
+    return Bins(documents, starts, squares[starts[1:]] - squares[starts[:-1]])
 
 
 class _Rooms:
@@ -120,6 +126,13 @@ class PackedSplit:
         documents = iter(self.split.rows(np.concatenate([np.empty(0, dtype=np.int64), *members])))
         return [{"documents": list(islice(documents, len(some)))} for some in members]
 
+    def costs(self, ids: Ints) -> Ints:
+        """What the attention of each of these bins costs."""
+        return self.bins.costs[ids]
+
+    def block(self, ids: Ints, allocate: Allocate | None = None) -> None:
+        """A bin is no plain block: its documents are told apart."""
+
     @cached_property
     def digest(self) -> str:
         """Of which documents stand in which bin: with it, a place in the order names the same tokens for ever."""
@@ -148,8 +161,8 @@ def _store(folder: Path, bins: Bins, split: PreparedSplit) -> None:
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     building.mkdir(parents=True)
     try:
-        np.save(building / "documents.npy", bins.documents)
-        np.save(building / "starts.npy", bins.starts)
+        for name in _ARRAYS:
+            np.save(building / f"{name}.npy", getattr(bins, name))
         summary = {**_origin(split), "num_bins": len(bins), "digest": _digest(bins)}
         (building / "plan.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # one that is damaged or of other shards
@@ -162,7 +175,7 @@ def _found(folder: Path, split: PreparedSplit) -> Bins | None:
     """The stored plan, if it is of these shards and was not altered since."""
     try:
         summary = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("documents", "starts")]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
     except (OSError, ValueError, EOFError):
         return None
     bins = Bins(*arrays)
@@ -176,6 +189,6 @@ def _origin(split: PreparedSplit) -> dict[str, Any]:
 
 def _digest(bins: Bins) -> str:
     digest = blake2b(digest_size=16)
-    for array in (bins.documents, bins.starts):
-        digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    for name in _ARRAYS:
+        digest.update(np.ascontiguousarray(getattr(bins, name), dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -97,6 +97,18 @@ def open_prepared(spec: JobSpec, *, verify: bool = False) -> PreparedData:
     return PreparedData(folder, index)
 
 
+def open_folder(folder: Path) -> PreparedData:
+    """Prepared data without its spec. DataError when the folder holds none, or it is damaged."""
+    index = read_index(folder)
+    if index is None:
+        rule, way_out = "holds no prepared data", "give a folder that `fleetune prepare` made"
+        raise DataError("data.mixture", str(folder), rule, way_out)
+    problems = damages(folder, index, verify=False)
+    if problems:
+        raise DataError.several(problems)
+    return PreparedData(folder, index)
+
+
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a prepared folder, or None where there is none. DataError if it cannot be understood."""
     path = folder / INDEX_NAME

@@ -1,32 +1,49 @@
 """From the global order to what one rank reads: micro-batches of a step, a prefetch thread, batches to evaluate.
 
-The rows of step s are the same set on any number of ranks: the global batch is cut from the order first, and the ranks
-take turns in it. Nothing here has a state but the thread; a position is one integer.
+The rows of step s are the same set on any number of ranks: the global batch is cut from the order first, then dealt to
+the ranks. Nothing here has a state but the thread; a position is one integer.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from launcher.data.order import GlobalOrder, Ints
+from launcher.data.deal import Deal, by_cost, by_length, in_turns
+from launcher.data.mapped import Allocate
+from launcher.data.order import Ints
 from launcher.errors import DataError
 from launcher.task import Row
+from launcher.task.block import TokenBlock
 
 StepT = TypeVar("StepT")
 
 
 class RowSource(Protocol):
-    """What a prepared split is to this module."""
+    """What a split is to this module: a prepared one, its bins, or several together."""
 
     def __len__(self) -> int: ...
 
     def rows(self, ids: Ints) -> list[Row]: ...
+
+    def costs(self, ids: Ints) -> Ints:
+        """What evens out the ranks' work: the tokens of a sample, or what the attention of a bin costs."""
+
+    def block(self, ids: Ints, allocate: Allocate | None = None) -> Ints | None:
+        """The tokens of samples of equal length that hold nothing else, (samples, tokens)."""
+
+
+class Order(Protocol):
+    """Which sample stands at a global position: a function of nothing else."""
+
+    def samples(self, start: int, count: int) -> Ints: ...
+
+    def epochs(self, start: int, count: int) -> Ints: ...
 
 
 @dataclass(frozen=True)
@@ -35,9 +52,12 @@ class Cursor:
 
     position: int
     fingerprint: str
+    segments: tuple[dict[str, Any], ...] = ()
+    """Of a mixture: from which position and day on which sources were drawn from, and what each had given by then."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"position": self.position, "fingerprint": self.fingerprint}
+        segments = {"segments": list(self.segments)} if self.segments else {}
+        return {"position": self.position, "fingerprint": self.fingerprint, **segments}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], fingerprint: str) -> Cursor:
@@ -49,33 +69,55 @@ class Cursor:
                 f"is not the fingerprint of the data this run was trained on so far ({saved['fingerprint']})",
                 "restore that data, or start afresh in another output_dir",
             )
-        return cls(position=int(saved["position"]), fingerprint=fingerprint)
+        return cls(int(saved["position"]), fingerprint, tuple(saved.get("segments", ())))
+
+
+Dealing = Literal["in_turns", "by_cost", "by_length"]
 
 
 @dataclass(frozen=True)
 class BatchStream:
-    """One rank's share of each optimiser step. Its rows are `ids[rank::world_size]` of the global batch."""
+    """One rank's share of each optimiser step; how the global batch is shared out is `deal.py`'s."""
 
     split: RowSource
-    order: GlobalOrder
+    order: Order
     global_batch_size: int
     rank: int
     world_size: int
     micro_batch_size: int
+    dealing: Dealing = "in_turns"
+    allocate: Allocate | None = None
+    """Makes the memory of blocks of tokens; pinned where they go to an accelerator."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.world_size * self.micro_batch_size) == 0, "the planner sees to it"
 
-    def sample_ids(self, position: int) -> Ints:
-        """Ids of this rank's samples in the step that starts at global `position`."""
-        return self.order.samples(position, self.global_batch_size)[self.rank :: self.world_size]
+    def micro_batches(self, position: int) -> list[Sequence[Row]]:
+        """The rows of the optimiser step that starts at global `position`; each says its `sample` and its `epoch`."""
+        ids = self.order.samples(position, self.global_batch_size)
+        shares = self._deal(ids)[self.rank]
+        mine = np.concatenate([np.array(share, dtype=np.int64) for share in shares])
+        rows = self._rows(ids[mine], self.order.epochs(position, self.global_batch_size)[mine])
+        ends = np.cumsum([len(share) for share in shares]).tolist()
+        return [rows[end - len(share) : end] for share, end in zip(shares, ends, strict=True)]
 
-    def micro_batches(self, position: int) -> list[list[Row]]:
-        """The rows of one optimiser step, in micro-batches of `micro_batch_size`; each row says its `epoch`."""
-        rows = self.split.rows(self.sample_ids(position))
-        places = range(position + self.rank, position + self.global_batch_size, self.world_size)
-        rows = [{**row, "epoch": place // self.order.num_samples} for row, place in zip(rows, places, strict=True)]
-        return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+    def _deal(self, ids: Ints) -> Deal:
+        if self.dealing == "in_turns":
+            return in_turns(len(ids), self.world_size, self.micro_batch_size)
+        costs = self.split.costs(ids)
+        if self.dealing == "by_cost":
+            return by_cost(costs, self.world_size, self.micro_batch_size)
+        return by_length(costs, self.world_size, len(ids) // (self.world_size * self.micro_batch_size))
+
+    def _rows(self, ids: Ints, epochs: Ints) -> Sequence[Row]:
+        tokens = self.split.block(ids, self.allocate)
+        if tokens is not None:
+            return TokenBlock(tokens, ids, epochs)
+        rows = self.split.rows(ids)
+        for row, epoch in zip(rows, epochs.tolist(), strict=True):
+            for sample in row.get("documents", [row]):
+                sample["epoch"] = epoch
+        return rows
 
 
 def eval_batches(

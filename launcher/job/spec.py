@@ -96,6 +96,15 @@ class TrainTokenizer(Section):
     """Pieces, special ones included."""
 
 
+class MixtureSource(Section):
+    prepared: Text
+    """Folder that `fleetune prepare` made, with the same task, `seq_len` and tokenizer."""
+    weight: Positive = 1.0
+    """Its share of the samples, against `data.weight` and the other sources'."""
+    max_epochs: Positive | None = None
+    """Passes over it at most; then the others go on in their shares."""
+
+
 class DataSection(Section):
     train: Texts | Text
     """Files, folders or globs: text, jsonl, csv, tsv or parquet (also .gz)."""
@@ -115,15 +124,31 @@ class DataSection(Section):
     """Folder or hub id of a tokenizer, or a SentencePiece `.model`; left out, the model's own."""
     train_tokenizer: TrainTokenizer | None = None
     """Train a SentencePiece tokenizer on the training records first."""
-    packing: Literal["concat", "none"] = "concat"
-    """causal_lm only. `concat`: documents are joined, an end-of-text token between them, and cut into `seq_len` blocks, so attention crosses documents inside a block; `none`: one sample per document window, padded."""
+    packing: Literal["concat", "none", "best_fit"] = "concat"
+    """`concat` (causal_lm): documents are joined, an end-of-text token between them, and cut into `seq_len` blocks, so attention crosses documents inside a block; `none`: one sample per document window, padded; `best_fit`: whole documents side by side in bins of `seq_len` tokens, attention inside each, and `global_batch_size` counts bins."""
+    batching: Literal["in_turns", "by_length"] = "in_turns"
+    """How a global batch is cut into micro-batches: in its order, or `by_length`, rows of like length together, as many as their padded tokens allow; the global batch is the same."""
     prepared: Text | None = None
     """Folder of the prepared data; left out, `<output_dir>/data`."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Prepared data to draw from besides this spec's own, each at its share of every stretch of the order. May be changed between two starts of a run."""
+    weight: Positive = 1.0
+    """Share of this spec's own data beside those of `mixture`."""
+    max_epochs: Positive | None = None
+    """Passes over this spec's own data at most, beside a `mixture`."""
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> DataSection:
         if self.tokenizer is not None and self.train_tokenizer is not None:
             raise ValueError("has both `tokenizer` (use this one) and `train_tokenizer` (make one); remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_has_sources(self) -> DataSection:
+        if not self.mixture and (self.weight != 1.0 or self.max_epochs is not None):
+            raise ValueError(
+                "has `weight` or `max_epochs`, but no `mixture` beside which they would count; remove them"
+            )
         return self
 
 

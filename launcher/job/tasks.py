@@ -45,6 +45,7 @@ def check_task(spec: JobSpec) -> None:
         *_idle("task", spec.task, TaskSection, spec.task.name),
         *_idle("data", spec.data, DataSection, spec.task.name),
         *_unknown_columns(spec),
+        *_idle_batching(spec),
     ]
     if problems:
         raise SpecError.several(problems)
@@ -67,3 +68,13 @@ def _unknown_columns(spec: JobSpec) -> Iterator[Problem]:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             way_out = f"did you mean `{close[0]}`?" if close else f"valid here: {', '.join(known)}"
             yield Problem(f"data.columns.{key}", ABSENT, f"is nothing that {spec.task.name} reads", way_out)
+
+
+def _idle_batching(spec: JobSpec) -> Iterator[Problem]:
+    joins = spec.data.packing != "none" and belongs("data", "packing", spec.task.name)
+    if spec.data.batching == "by_length" and joins:
+        rule = f"has nothing to sort: with packing {spec.data.packing} all rows are about `seq_len` long"
+        yield Problem("data.batching", "by_length", rule, "leave it out, or set data.packing to none")
+    if spec.data.mixture and spec.training.num_epochs is not None:
+        rule = "is no length of a mixture, whose sources have epochs of their own"
+        yield Problem("training.num_epochs", spec.training.num_epochs, rule, "set training.max_steps instead")

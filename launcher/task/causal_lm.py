@@ -26,7 +26,7 @@ class CausalLM:
     logits_per_token = True
     sequences_per_sample = 1
 
-    def __init__(self, seq_len: int, packing: Literal["concat", "none"]) -> None:
+    def __init__(self, seq_len: int, packing: Literal["concat", "none", "best_fit"]) -> None:
         self.seq_len = seq_len
         self.packing = packing
         self.config_overrides: dict[str, Any] = {}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import MODEL_INPUTS, Batch, Task
+from launcher.task.packed import DOCUMENT_IDS
+from launcher.train.isolation import Attention
 
 
 class Engine(Protocol):
@@ -54,6 +57,20 @@ def make_engine(plan: Plan, spec: JobSpec, model: Any, task: Task, device: Any) 
     return TorchEngine(plan, spec, model, task, device)
 
 
-def model_inputs(batch: Batch) -> Batch:
+def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the model's forward gets: the loss is the task's, so no targets."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+class ModelInputs:
+    """`model_inputs` of one run: packed rows get a mask that keeps their documents apart."""
+
+    def __init__(self, plan: Plan, spec: JobSpec, model: Any) -> None:
+        self._attention = Attention.of(model) if spec.data.packing == "best_fit" else None
+        self._dtype = torch.bfloat16 if plan.chosen.layout.precision == "bf16" else torch.float32
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        inputs = model_inputs(batch)
+        if self._attention is None or DOCUMENT_IDS not in batch:
+            return inputs
+        return {**inputs, **self._attention.inputs(batch, self._dtype)}

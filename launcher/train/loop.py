@@ -11,19 +11,23 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from launcher.data.order import GlobalOrder
 from launcher.data.prepared import PreparedData, open_prepared
-from launcher.data.stream import BatchStream, Cursor, Prefetcher, eval_batches
-from launcher.errors import CheckpointError, FleetuneError, Preempted
+from launcher.data.stream import BatchStream, Prefetcher, eval_batches
+from launcher.data.training import TrainingData, is_packed, open_training
+from launcher.errors import CheckpointError, DataError, FleetuneError, Preempted
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task, task_of
+from launcher.task import Batch, Row, Task, task_of
+from launcher.task.packed import collate_packed
 from launcher.train.agree import decide_on_first
 from launcher.train.checkpoint import (
     check_same_layout,
@@ -34,6 +38,7 @@ from launcher.train.checkpoint import (
     verify_checksums,
 )
 from launcher.train.engine import Engine, make_engine
+from launcher.train.leak_check import check_isolation
 from launcher.train.manifest import VERSION, Manifest, Saved
 from launcher.train.model import build_model, enable_recompute
 from launcher.train.optim import learning_rate
@@ -52,6 +57,8 @@ class Run:
     device: torch.device
     task: Task
     data: PreparedData
+    training: TrainingData
+    model: Any
     engine: Engine
     num_steps: int
     stop: StopFlag
@@ -88,8 +95,12 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
     """Train to the end and return the last held-out scores. Raises `Preempted` after saving when told to stop."""
     saved = decide_on_first(lambda: _resume_point(spec, plan))
     data = decide_on_first(lambda: open_prepared(spec))
-    run = _set_up(spec, plan, world, device, data, stop)
+    decide_on_first(lambda: _open_training(spec, data, saved).end)  # plans the bins, before all ranks look for them
+    run = _set_up(spec, plan, world, device, data, _open_training(spec, data, saved), stop)
     start = _restore(run, saved) if saved else Position(step=0, samples=0)
+    if is_packed(spec):
+        precision = run.plan.chosen.layout.precision
+        check_isolation(run.engine, run.model, device, precision, data, spec.training.seq_len)
     with Reporter(Path(spec.output_dir), world.is_first, start.step, run.num_steps) as report:
         LOG.info(_opening(run, saved))
         report.say(_opening(run, saved))
@@ -112,20 +123,38 @@ def _resume_point(spec: JobSpec, plan: Plan) -> Saved | None:
     return saved
 
 
-def _set_up(spec: JobSpec, plan: Plan, world: World, device: torch.device, data: PreparedData, stop: StopFlag) -> Run:
+def _open_training(spec: JobSpec, data: PreparedData, saved: Saved | None) -> TrainingData:
+    return open_training(spec, data, saved.manifest.cursor if saved else None, date.today().isoformat())
+
+
+def _set_up(
+    spec: JobSpec,
+    plan: Plan,
+    world: World,
+    device: torch.device,
+    data: PreparedData,
+    training: TrainingData,
+    stop: StopFlag,
+) -> Run:
     task = task_of(spec, data.facts)
     model = build_model(spec, task, data)
     if plan.chosen.layout.recompute == "full":
         enable_recompute(model)
     hf_files = Path(spec.output_dir) / "hf"
     decide_on_first(lambda: _write_hf_files(model, data, hf_files))
-    num_samples = len(data.split("train"))
-    num_steps = spec.training.max_steps or math.ceil(
-        (spec.training.num_epochs or 0) * num_samples / spec.training.global_batch_size
-    )
+    num_steps = _num_steps(spec, training)
     engine = make_engine(plan, spec, model, task, device)
     torch.manual_seed(spec.seed + 1 + world.rank)  # dropout: another stream on every rank
-    return Run(spec, plan, world, device, task, data, engine, num_steps, stop, hf_files)
+    return Run(spec, plan, world, device, task, data, training, model, engine, num_steps, stop, hf_files)
+
+
+def _num_steps(spec: JobSpec, training: TrainingData) -> int:
+    size = spec.training.global_batch_size
+    num_steps = spec.training.max_steps or math.ceil((spec.training.num_epochs or 0) * len(training.split) / size)
+    if training.end is not None and num_steps * size > training.end:
+        rule = f"needs more than the {training.end} samples that the mixture gives within its max_epochs"
+        raise DataError("training.max_steps", num_steps, rule, f"at most {training.end // size}, or raise max_epochs")
+    return num_steps
 
 
 def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
@@ -141,34 +170,39 @@ def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
 
 def _restore(run: Run, saved: Saved) -> Position:
     verify_checksums(saved)
-    cursor = Cursor.from_json(saved.manifest.cursor, run.data.fingerprint)
     run.engine.load(saved.folder)
     load_rng(saved)
-    return Position(saved.manifest.step, cursor.position)
+    return Position(saved.manifest.step, run.training.cursor.position)
 
 
 def _opening(run: Run, saved: Saved | None) -> str:
     whence = f"resuming from {saved.folder}" if saved else "starting"
-    samples, tokens = len(run.data.split("train")), run.data.split("train").num_tokens
+    training = run.training
+    samples = f"{len(training.split)} {'bins' if is_packed(run.spec) else 'samples'}, {training.num_tokens} tokens"
     return (
         f"{whence}: {run.plan.chosen.strategy} on {run.plan.num_ranks} ranks, plan {run.plan.digest()}, "
-        f"{samples} samples, {tokens} tokens, {run.num_steps} steps"
+        f"{samples}, {run.num_steps} steps"
     )
 
 
 def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
     spec, size = run.spec, run.spec.training.global_batch_size
     stream = BatchStream(
-        run.data.split("train"),
-        GlobalOrder(len(run.data.split("train")), spec.seed),
+        run.training.split,
+        run.training.order,
         size,
         run.world.rank,
         run.world.num_ranks,
         run.plan.chosen.layout.micro_batch_size,
+        run.training.dealing,
+        _pinned if run.device.type == "cuda" else None,
     )
 
     def make(position: int) -> list[Batch]:
-        return [run.task.collate(rows, run.data.pad_id) for rows in stream.micro_batches(position)]
+        batches = [_collated(run, rows) for rows in stream.micro_batches(position)]
+        if run.device.type != "cuda":
+            return batches
+        return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
 
     window = Window.new(run.device)
     scores: dict[str, float] = {}
@@ -196,13 +230,30 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
     return scores or evaluate(run, None)
 
 
+def _collated(run: Run, rows: Sequence[Row]) -> Batch:
+    if is_packed(run.spec):
+        return collate_packed(run.task.collate, rows, run.data.pad_id)
+    return run.task.collate(rows, run.data.pad_id)
+
+
+def _pinned(shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Memory that an accelerator copies from by itself; torch keeps what was used and gives it out again."""
+    return torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+<<<<<<< HEAD
 def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float | None, bool]:
     """One optimiser step; (gradient norm, None for a skipped step; whether any rank was told to stop)."""
     moved = [{name: tensor.to(run.device) for name, tensor in batch.items()} for batch in batches]
+=======
+def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float, bool]:
+    """One optimiser step; (gradient norm, whether any rank was told to stop)."""
+    moved = [{name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
+>>>>>>> a12a27b (Train on packed bins, rows by length and mixtures, each held to the loss of the documents alone)
     num_targets, num_tokens, stops = _sum_over_ranks(
         run,
         [
@@ -275,7 +326,7 @@ def _save(run: Run, at: Position) -> None:
         strategy=run.plan.chosen.strategy,
         engine=run.plan.engine,
         num_ranks=run.world.num_ranks,
-        cursor=Cursor(at.samples, run.data.fingerprint).to_json(),
+        cursor=run.training.cursor_at(at.samples).to_json(),
         plan_digest=run.plan.digest(),
         spec=json.loads(spec.model_dump_json()),
         versions=library_versions(),

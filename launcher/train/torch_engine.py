@@ -19,7 +19,7 @@ from launcher.emit.fsdp import STRATEGIES, fsdp_settings
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
-from launcher.train.engine import model_inputs
+from launcher.train.engine import ModelInputs
 from launcher.train.optim import adamw, parameter_groups
 
 
@@ -29,6 +29,7 @@ class TorchEngine:
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
+        self._inputs = ModelInputs(plan, spec, model)
         self._device = device
         self._max_norm = spec.training.max_grad_norm
         layout = plan.chosen.layout
@@ -46,7 +47,7 @@ class TorchEngine:
 
     def _logits(self, batch: Batch) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
-            return logits_of(self._model(**model_inputs(batch)))
+            return logits_of(self._model(**self._inputs(batch)))
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DDP reduces with the last micro-batch only; FSDP with each, which is what keeps its gradients sharded."""

@@ -17,8 +17,12 @@ from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
+<<<<<<< HEAD
 from launcher.train.engine import model_inputs
 from launcher.train.host_optim import check_nvme, host_adamw
+=======
+from launcher.train.engine import ModelInputs
+>>>>>>> a12a27b (Train on packed bins, rows by length and mixtures, each held to the loss of the documents alone)
 from launcher.train.optim import adamw, parameter_groups
 
 TAG = "zero"
@@ -29,6 +33,7 @@ class ZeroEngine:
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
+        self._inputs = ModelInputs(plan, spec, model)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that torch 2.13 deprecates, in every step: not this run's business
         warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
@@ -49,7 +54,7 @@ class ZeroEngine:
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DeepSpeed counts the micro-batches itself, as its configuration tells it; the scale is already the step's."""
-        loss_sum = self._task.loss_sum(logits_of(self._engine(**model_inputs(batch))), batch)
+        loss_sum = self._task.loss_sum(logits_of(self._engine(**self._inputs(batch))), batch)
         self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if not is_last:
             self._engine.step()  # moves its counter; it updates at the boundary only
@@ -71,7 +76,7 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         self._engine.eval()
-        logits = logits_of(self._engine(**model_inputs(batch)))
+        logits = logits_of(self._engine(**self._inputs(batch)))
         self._engine.train()
         return logits
 

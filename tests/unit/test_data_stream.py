@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,12 @@ class Numbers:
 
     def rows(self, ids: np.ndarray) -> list[Row]:
         return [{"input_ids": [int(i)]} for i in ids]
+
+    def costs(self, ids: np.ndarray) -> np.ndarray:
+        return ids % 37 + 1
+
+    def block(self, ids: np.ndarray, allocate: Any = None) -> None:
+        """No block: the rows are not of one split."""
 
 
 def ids_of(rows: Sequence[Row]) -> list[int]:
