@@ -57,6 +57,14 @@ def make_engine(plan: Plan, spec: JobSpec, model: Any, task: Task, device: Any) 
     return TorchEngine(plan, spec, model, task, device)
 
 
+_COMPUTED_IN = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "pure_bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the model's forward gets: the loss is the task's, so no targets."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
@@ -67,7 +75,7 @@ class ModelInputs:
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any) -> None:
         self._attention = Attention.of(model) if spec.data.packing == "best_fit" else None
-        self._dtype = torch.bfloat16 if plan.chosen.layout.precision == "bf16" else torch.float32
+        self._dtype = _COMPUTED_IN[plan.chosen.layout.precision]
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         inputs = model_inputs(batch)

@@ -17,9 +17,9 @@ from launcher.task import Batch
 from launcher.task.packed import DOCUMENT_IDS
 from launcher.train.engine import Engine
 
-ROUNDING = {"fp32": 1e-4, "bf16": 5e-2}
-"""What a difference between two shapes of the same product may be, of the largest logit: 2^-24 or 2^-8, some hundred or
-a dozen times over. A leak by a neighbour is found at any size: there the shapes are the same, so the numbers are too."""
+ROUNDING = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "pure_bf16": 5e-2}
+"""What a difference between two shapes of the same product may be, of the largest logit: 2^-24, 2^-11 or 2^-8, times
+what a deep model makes of it. A leak by a neighbour is found at any size: there the shapes are the same, so the numbers are too."""
 
 _LENGTHS = (11, 7)
 

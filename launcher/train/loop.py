@@ -245,15 +245,9 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-<<<<<<< HEAD
 def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float | None, bool]:
     """One optimiser step; (gradient norm, None for a skipped step; whether any rank was told to stop)."""
-    moved = [{name: tensor.to(run.device) for name, tensor in batch.items()} for batch in batches]
-=======
-def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tuple[float, bool]:
-    """One optimiser step; (gradient norm, whether any rank was told to stop)."""
     moved = [{name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
->>>>>>> a12a27b (Train on packed bins, rows by length and mixtures, each held to the loss of the documents alone)
     num_targets, num_tokens, stops = _sum_over_ranks(
         run,
         [

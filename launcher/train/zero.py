@@ -17,12 +17,8 @@ from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
-<<<<<<< HEAD
-from launcher.train.engine import model_inputs
-from launcher.train.host_optim import check_nvme, host_adamw
-=======
 from launcher.train.engine import ModelInputs
->>>>>>> a12a27b (Train on packed bins, rows by length and mixtures, each held to the loss of the documents alone)
+from launcher.train.host_optim import check_nvme, host_adamw
 from launcher.train.optim import adamw, parameter_groups
 
 TAG = "zero"
