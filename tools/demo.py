@@ -96,7 +96,7 @@ def learn(lesson: Lesson, folder: Path, console: Console, more: Sequence[str] = 
     with _step(console, f"$ fleetune prepare {typed}") as status:
         prepare(spec, progress=lambda stage, number: status.update(f"{stage}: {number:,}"))
     data = open_prepared(spec)
-    task = task_of(spec, data.facts)
+    task = task_of(spec, data.facts(spec.task))
     with _step(console, f"$ fleetune plan {typed}"):
         plan = _plan(spec)
     console.print(explain(plan).partition("\n\n")[0], markup=False, soft_wrap=True)

@@ -119,7 +119,8 @@ def _prepared_samples(model: Any, options: argparse.Namespace) -> Samples:
     _same_tokenizer(options.model, data)
     check_vocabulary(model, data.vocab_size, "--prepared")
     check_length(model, data.index["seq_len"], "--prepared")
-    task = task_of(_prepared_spec(data), data.facts)
+    spec = _prepared_spec(data)
+    task = task_of(spec, data.facts(spec.task))
     if data.labels is not None and data.labels != labels_of(model):
         rule = f"has the labels {', '.join(data.labels)}, the model {', '.join(labels_of(model))}"
         raise DataError("--prepared", str(options.prepared), rule, "give data prepared for this model")

@@ -13,7 +13,12 @@ from launcher.errors import ABSENT, UserError
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.yaml"),
-    task: Annotated[str, typer.Option(help="causal_lm or sequence_classification.")] = "causal_lm",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="What is learnt: causal_lm, chat, masked_lm, sequence_classification, regression, token_classification, extractive_qa or preference."
+        ),
+    ] = "causal_lm",
 ) -> None:
     """Write a commented starter spec."""
     from launcher.job.starter import starter

@@ -31,11 +31,22 @@ class Columns:
     """Names of the columns of csv and tsv files that do not begin with them."""
     multi_label: bool = False
     label_separator: str | None = None
+    no_answer: bool = False
+    """Whether a question may have no answer."""
 
     @classmethod
     def of(cls, spec: JobSpec) -> Columns:
         labels = frozenset(spec.task.labels or ()) or None
-        return cls(spec.task.name, spec.data.columns, labels, spec.data.header)
+        separator = spec.data.label_separator
+        return cls(
+            spec.task.name,
+            spec.data.columns,
+            labels,
+            spec.data.header,
+            spec.task.multi_label,
+            separator,
+            spec.task.no_answer,
+        )
 
     def name(self, field: str) -> str:
         return self.names.get(field, field)
@@ -52,6 +63,7 @@ class Cells:
 
     file: str
     line: int
+    """From 1; 0 where the file's name already says the place."""
     values: Mapping[str, Any]
     columns: Columns
 
@@ -59,12 +71,16 @@ class Cells:
         """Whether there is such a column with something in it; null and an absent column are the same."""
         return self.values.get(self.columns.name(field)) is not None
 
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
     def where(self, field: str) -> str:
-        return f"{self.file}:{self.line}: {self.columns.name(field)}"
+        return f"{self.place}: {self.columns.name(field)}"
 
     def value(self, field: str) -> Any:
         """What the column holds; DataError where there is none."""
-        check_columns(f"{self.file}:{self.line}", self.columns, [field], list(self.values), "every row needs it")
+        check_columns(self.place, self.columns, [field], list(self.values), "every row needs it")
         return self.values[self.columns.name(field)]
 
     def text(self, field: str) -> str:
@@ -91,15 +107,32 @@ def record_of(file: str, line: int, values: Mapping[str, Any], columns: Columns)
 
 
 def _readers() -> dict[str, Callable[[Cells], Record]]:
+    from launcher.data.spans import question, tagged
+    from launcher.data.turns import conversation, preference
+
     return {
         "causal_lm": _text,
+        "chat": conversation,
+        "masked_lm": _text,
         "sequence_classification": _labelled,
+        "regression": _measured,
+        "token_classification": tagged,
+        "extractive_qa": question,
+        "preference": preference,
     }
 
 
 def required(task: str) -> tuple[str, ...]:
     """Fields that every table of the task has a column for; none where one of several will do."""
-    return {"causal_lm": ("text",), "sequence_classification": ("text", "label")}.get(task, ())
+    return {
+        "causal_lm": ("text",),
+        "masked_lm": ("text",),
+        "sequence_classification": ("text", "label"),
+        "regression": ("text", "label"),
+        "token_classification": ("tokens", "tags"),
+        "extractive_qa": ("question", "context"),
+        "preference": ("chosen", "rejected"),
+    }.get(task, ())
 
 
 def check_columns(where: str, columns: Columns, fields: Sequence[str], found: Sequence[str], otherwise: str) -> None:
@@ -136,7 +169,28 @@ def _text(cells: Cells) -> Record:
 
 def _labelled(cells: Cells) -> Record:
     text, pair = _texts(cells)
-    return cells.record(text, checked_label(cells.where("label"), cells.value("label"), cells.columns.labels), **pair)
+    where, value, allowed = cells.where("label"), cells.value("label"), cells.columns.labels
+    if not cells.columns.multi_label:
+        return cells.record(text, checked_label(where, value, allowed), **pair)
+    labels = tuple(
+        checked_label(where, label, allowed) for label in _several(where, value, cells.columns.label_separator)
+    )
+    return cells.record(text, None, labels=labels, **pair)
+
+
+def _several(where: str, value: Any, separator: str | None) -> list[Any]:
+    """The labels of a text: a list, or one string of them; an empty one has none."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and separator is not None:
+        return [label.strip() for label in value.split(separator) if label.strip()]
+    way_out = "give a list of labels, or set data.label_separator"
+    raise DataError(where, value, "is not a list of labels, which task.multi_label wants", way_out)
+
+
+def _measured(cells: Cells) -> Record:
+    text, pair = _texts(cells)
+    return cells.record(text, None, target=checked_number(cells.where("label"), cells.value("label")), **pair)
 
 
 def _texts(cells: Cells) -> tuple[str, dict[str, Any]]:

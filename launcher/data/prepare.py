@@ -29,6 +29,7 @@ from launcher.errors import ABSENT, DataError
 from launcher.job.spec import JobSpec
 from launcher.job.tasks import WRITERS, belongs
 from launcher.task import Record, task_of
+from launcher.task.templates import give_template
 
 Progress = Callable[[str, int], None]
 """Called with what is being done and how many records (for "reading files": files) are through."""
@@ -222,14 +223,23 @@ def _make_tokenizer(corpus: _Corpus, folder: Path) -> Any:
 
         texts = _tokenizer_texts(corpus)
         is_framed = corpus.spec.task.name not in WRITERS
-        return train_sentencepiece(texts, wanted.kind, wanted.vocab_size, folder, add_cls_sep=is_framed)
+        tokenizer = train_sentencepiece(texts, wanted.kind, wanted.vocab_size, folder, add_cls_sep=is_framed)
+        _finish(tokenizer, corpus, folder)
+        return tokenizer
     source = tokenizer_source(corpus.spec)
     tokenizer = load_tokenizer(source)
     if corpus.spec.task.name in WRITERS and tokenizer.eos_token_id is None:
         rule = f"has no end-of-text token (eos), with which a text of {corpus.spec.task.name} ends"
         raise DataError(source.option, source.name, rule, "give a tokenizer with an eos_token, or data.train_tokenizer")
-    tokenizer.save_pretrained(folder)
+    _finish(tokenizer, corpus, folder)
     return tokenizer
+
+
+def _finish(tokenizer: Any, corpus: _Corpus, folder: Path) -> None:
+    """Save it, for conversations with the template that writes them out."""
+    if belongs("task", "chat_template", corpus.spec.task.name):
+        give_template(tokenizer, corpus.spec.task.chat_template)
+    tokenizer.save_pretrained(folder)
 
 
 def _tokenizer_texts(corpus: _Corpus) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from launcher.checksum import file_digest
 from launcher.data.fingerprint import options_fingerprint
 from launcher.data.mapped import PreparedSplit
 from launcher.errors import ABSENT, DataError, Problem
-from launcher.job.spec import JobSpec
+from launcher.job.spec import JobSpec, TaskSection
 from launcher.task import Facts
 
 INDEX_NAME = "index.json"
@@ -39,11 +38,10 @@ class PreparedData:
         """Names of the classes by id; None where the task has none."""
         return None if self.index["labels"] is None else tuple(self.index["labels"])
 
-    @cached_property
-    def facts(self) -> Facts:
-        """What the task learns from the data."""
+    def facts(self, task: TaskSection) -> Facts:
+        """What the task learns from the data; labels are counted only for a task that asks for it."""
         facts = facts_of(self.index)
-        if not facts.labels:
+        if task.class_weights != "balanced":
             return facts
         return facts._replace(label_counts=self.split("train").label_counts(len(facts.labels)))
 

@@ -5,20 +5,23 @@ Memory holds one record (for parquet, one batch of rows; for `sample_by: documen
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
+import re
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any
 
 from launcher.data.formats import Columns, check_columns, record_of, required
 from launcher.data.sources import Source
+from launcher.data.spans import conll_rows, is_squad, squad_rows
 from launcher.errors import ABSENT, DataError
 from launcher.task import Record
 
@@ -101,10 +104,84 @@ def _joined(first: int, held: Sequence[str], sample_by: str) -> Iterator[tuple[i
 
 
 def _read_table(source: Source, columns: Columns) -> Iterator[Record]:
+    readers: dict[str, Callable[..., Iterator[tuple[Any, dict[str, Any]]]]]
     readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
+    readers |= {"json": _json_rows, "conll": _conll_rows}
     with _opened(source) as file:
-        for line, row in readers[source.format](source, file, columns):
-            yield record_of(str(source.path), line, row, columns)
+        for place, row in readers[source.format](source, file, columns):
+            if isinstance(place, int):
+                yield record_of(str(source.path), place, row, columns)
+            else:
+                yield record_of(f"{source.path}: {place}", 0, row, columns)
+
+
+def _conll_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    return conll_rows(str(source.path), _lines(source, file), columns)
+
+
+def _json_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int | str, dict[str, Any]]]:
+    """A list of objects, objects line by line, or a file as SQuAD has it. All but lines is read whole."""
+    first = file.readline()
+    file.seek(0)
+    if first.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") and _is_json(first):
+        document = json.loads(first.decode("utf-8-sig"))
+        if not is_squad(document):
+            yield from _jsonl_rows(source, file, columns)
+            return
+    text = "".join(line for _, line in _lines(source, file))
+    if text.lstrip().startswith("["):
+        yield from _elements(source, text)
+        return
+    document = _parsed(source, text)
+    if not is_squad(document):
+        rule = "is neither a list of objects, nor objects line by line, nor questions as SQuAD has them"
+        raise DataError(str(source.path), ABSENT, rule, "write a list, or one object per line")
+    yield from squad_rows(document)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(source: Source, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(source, error) from None
+
+
+def _not_json(source: Source, error: Exception, line: int = 0) -> DataError:
+    if isinstance(error, json.JSONDecodeError):
+        line, reason = line or error.lineno, f"{error.msg} at column {error.colno}"
+    else:
+        reason = str(error)
+    where = f"{source.path}:{line}" if line else str(source.path)
+    return DataError(where, ABSENT, f"is not JSON ({reason})", "mend the file")
+
+
+def _elements(source: Source, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a list, each with the line where it begins."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    at, line, counted = blank.match(text, text.index("[") + 1).end(), 1, 0  # type: ignore[union-attr]
+    while not text.startswith("]", at):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(source, error) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{source.path}:{line}", row, "is not a JSON object", "write a list of objects")
+        yield line, row
+        at = blank.match(text, at).end()  # type: ignore[union-attr]
+        if text.startswith(",", at):
+            at = blank.match(text, at + 1).end()  # type: ignore[union-attr]
+        elif not text.startswith("]", at):
+            line += text.count("\n", counted, at)
+            raise DataError(f"{source.path}:{line}", ABSENT, "is not JSON (the list is not closed)", "mend the file")
 
 
 def _jsonl_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:

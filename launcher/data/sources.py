@@ -15,7 +15,10 @@ _FORMATS = {
     **{f".{suffix}": "text" for suffix in _TEXT.split()},
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
@@ -74,6 +77,6 @@ def _source(path: Path, data_format: str | None) -> Source:
     is_gzip = suffixes[-1:] == [".gz"]
     told = _FORMATS.get(suffixes[-2 if is_gzip else -1] if len(suffixes) > is_gzip else "")
     if data_format is None and told is None:
-        way_out = "set data.format (text, jsonl, csv, tsv or parquet), or name only the files to read"
+        way_out = "set data.format (text, jsonl, json, csv, tsv, parquet or conll), or name only the files to read"
         raise DataError(str(path), ABSENT, "has a suffix that does not tell its form", way_out)
     return Source(path, data_format or str(told), is_gzip)

@@ -22,6 +22,16 @@ from pydantic import (
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "fsdp", "hsdp"]
 Offload = Literal["none", "cpu", "nvme"]
 Auto = Literal["auto"]
+TaskName = Literal[
+    "causal_lm",
+    "chat",
+    "masked_lm",
+    "sequence_classification",
+    "regression",
+    "token_classification",
+    "extractive_qa",
+    "preference",
+]
 
 
 def _yaml_number(value: Any) -> Any:
@@ -46,6 +56,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), FROM_YAML]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), FROM_YAML]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), FROM_YAML]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), FROM_YAML]
+
+
+Weights = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -83,10 +96,34 @@ class ModelSection(Section):
 
 
 class TaskSection(ShorthandSection):
-    name: Literal["causal_lm", "sequence_classification"]
-    """What is learnt: `causal_lm` (next token) or `sequence_classification` (one label per text)."""
+    name: TaskName
+    """What is learnt: `causal_lm` (next token), `chat` (the assistant's turns, or a completion), `masked_lm` (hidden tokens), `sequence_classification` (labels of a text or a pair), `regression` (a number for it), `token_classification` (a tag per word), `extractive_qa` (an answer's place in a text), `preference` (the better of two answers, by DPO)."""
     labels: Texts | None = None
-    """Names of the classes, in the order of their ids; left out, they are found in the data and sorted."""
+    """Names of the classes or tags, in the order of their ids; left out, they are found in the data and sorted."""
+    multi_label: Bool = False
+    """sequence_classification: a text has any number of labels (a list in the label column), each a yes or no of its own."""
+    class_weights: Weights | Literal["balanced"] | None = None
+    """sequence_classification: weight of each class in the loss, in the order of `labels`; `balanced`: samples / (classes x samples of the class)."""
+    label_smoothing: Fraction = 0.0
+    """sequence_classification: share of each target that is spread over all classes."""
+    mask_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), FROM_YAML] = 0.15
+    """masked_lm: share of the tokens that are to be guessed; of these 80% are masked, 10% replaced, 10% left."""
+    whole_words: Bool = False
+    """masked_lm: draw words instead of tokens; all tokens of a word are hidden together."""
+    label_all_tokens: Bool = False
+    """token_classification: every token of a word counts in the loss, instead of its first (a `B-` goes on as `I-`)."""
+    doc_stride: PositiveInt | None = None
+    """extractive_qa: tokens that two windows of a long text share; left out, a third of `seq_len`."""
+    max_answer_tokens: PositiveInt = 30
+    """extractive_qa: longest answer that is given, in tokens."""
+    no_answer: Bool = False
+    """extractive_qa: a question may have no answer in its text, as in SQuAD 2.0."""
+    null_threshold: Annotated[float, Field(allow_inf_nan=False), FROM_YAML] = 0.0
+    """extractive_qa with `no_answer`: how much more than the best answer "none" must score to be given."""
+    beta: Positive = 0.1
+    """preference: how firmly DPO holds to the reference, the model as it is before training."""
+    chat_template: Text | None = None
+    """chat and preference: a Jinja file, or `plain` (`role: text` lines, each reply ended by the end-of-text token); left out, the tokenizer's own."""
 
 
 class TrainTokenizer(Section):
@@ -107,12 +144,12 @@ class MixtureSource(Section):
 
 class DataSection(Section):
     train: Texts | Text
-    """Files, folders or globs: text, jsonl, csv, tsv or parquet (also .gz)."""
+    """Files, folders or globs: text, jsonl, json, csv, tsv, parquet or conll (also .gz)."""
     validation: Texts | Text | None = None
     """Held-out files of the same form; left out, `validation_fraction` of the training records is held out."""
     validation_fraction: Fraction = 0.05
     """Share of records held out when `validation` is not given, chosen by a hash of each record."""
-    format: Literal["text", "jsonl", "csv", "tsv", "parquet"] | None = None
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "conll"] | None = None
     """Form of the files; left out, told by their suffix."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """Text files only: what one record is (a paragraph ends at an empty line)."""
@@ -120,6 +157,8 @@ class DataSection(Section):
     """Names of the columns where they are not the usual ones, what is read first: `{text: sentence, label: polarity}`."""
     header: Texts | None = None
     """csv and tsv files without a line of names: the names of their columns, in order."""
+    label_separator: Text | None = None
+    """multi_label: what stands between the labels of a text where they are one string, as in csv files."""
     tokenizer: Text | None = None
     """Folder or hub id of a tokenizer, or a SentencePiece `.model`; left out, the model's own."""
     train_tokenizer: TrainTokenizer | None = None

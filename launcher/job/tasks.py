@@ -8,28 +8,44 @@ from collections.abc import Iterator
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.spec import DataSection, JobSpec, Section, TaskSection
 
-_TEXT = ("text",)
-_LABELLED = ("text", "text_pair", "label")
-_TURNS = ("messages", "conversations", "system", "tools")
-_ALPACA = ("instruction", "input", "history")
+_TURNS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "prompt", "completion")
 FIELDS: dict[str, tuple[str, ...]] = {
-    "causal_lm": _TEXT,
-    "sequence_classification": _LABELLED,
+    "causal_lm": ("text",),
+    "chat": (*_TURNS, "tools"),
+    "masked_lm": ("text",),
+    "sequence_classification": ("text", "text_pair", "label"),
+    "regression": ("text", "text_pair", "label"),
+    "token_classification": ("tokens", "tags"),
+    "extractive_qa": ("id", "question", "context", "answers"),
+    "preference": (*_TURNS, "tools", "chosen", "rejected"),
 }
 """What a record of the task may hold; each is a key of `data.columns`, and the column of that name unless mapped."""
 
 TASK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "labels": ("sequence_classification",),
+    "labels": ("sequence_classification", "token_classification"),
+    "multi_label": ("sequence_classification",),
+    "class_weights": ("sequence_classification",),
+    "label_smoothing": ("sequence_classification",),
+    "mask_probability": ("masked_lm",),
+    "whole_words": ("masked_lm",),
+    "label_all_tokens": ("token_classification",),
+    "doc_stride": ("extractive_qa",),
+    "max_answer_tokens": ("extractive_qa",),
+    "no_answer": ("extractive_qa",),
+    "null_threshold": ("extractive_qa",),
+    "beta": ("preference",),
+    "chat_template": ("chat", "preference"),
 }
 DATA_OPTIONS: dict[str, tuple[str, ...]] = {
-    "packing": ("causal_lm",),
+    "packing": ("causal_lm", "masked_lm"),
+    "label_separator": ("sequence_classification",),
 }
 """Key of the section -> the tasks for which it means something. A key that is not here belongs to all."""
 
-SHAPE_ROWS = ("labels",)
+SHAPE_ROWS = ("labels", "multi_label", "whole_words", "doc_stride", "chat_template")
 """Options of the task that decide what is in the prepared rows; the others only say how they are learnt."""
 
-WRITERS = ("causal_lm",)
+WRITERS = ("causal_lm", "chat", "preference")
 """Tasks that write text from left to right: their rows end with an end-of-text token, the others' are framed by
 `[CLS]` and `[SEP]` where the tokenizer has them."""
 
@@ -46,6 +62,7 @@ def check_task(spec: JobSpec) -> None:
         *_idle("data", spec.data, DataSection, spec.task.name),
         *_unknown_columns(spec),
         *_idle_batching(spec),
+        *_contradictions(spec),
     ]
     if problems:
         raise SpecError.several(problems)
@@ -78,3 +95,27 @@ def _idle_batching(spec: JobSpec) -> Iterator[Problem]:
     if spec.data.mixture and spec.training.num_epochs is not None:
         rule = "is no length of a mixture, whose sources have epochs of their own"
         yield Problem("training.num_epochs", spec.training.num_epochs, rule, "set training.max_steps instead")
+
+
+def _contradictions(spec: JobSpec) -> Iterator[Problem]:
+    """Of options that belong to the task, but not together."""
+    task, data = spec.task, spec.data
+    if task.multi_label:
+        for key in ("class_weights", "label_smoothing"):
+            if getattr(task, key):
+                rule = "is defined for one label per text, not for multi_label"
+                yield Problem(f"task.{key}", ABSENT, rule, "leave out one of the two")
+    elif data.label_separator is not None:
+        yield Problem("data.label_separator", data.label_separator, "has no effect without task.multi_label", "set it")
+    if isinstance(task.class_weights, tuple):
+        if task.labels is None:
+            rule = "are in the order of task.labels, which are left out"
+            yield Problem("task.class_weights", ABSENT, rule, "give task.labels, or `balanced`")
+        elif len(task.class_weights) != len(task.labels):
+            rule = f"are {len(task.class_weights)} for {len(task.labels)} labels"
+            yield Problem("task.class_weights", ABSENT, rule, "give one for each label")
+    if task.null_threshold and not task.no_answer:
+        yield Problem("task.null_threshold", task.null_threshold, "has no effect without task.no_answer", "set it")
+    if task.doc_stride is not None and task.doc_stride >= spec.training.seq_len:
+        rule = f"is not less than training.seq_len ({spec.training.seq_len})"
+        yield Problem("task.doc_stride", task.doc_stride, rule, "give about a third of it")

@@ -6,7 +6,7 @@ Nothing in this file needs torch or numpy: `task_of` loads the one task that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from launcher.job.spec import JobSpec
@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.line else self.file
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -124,11 +124,86 @@ NO_FACTS = Facts()
 
 def task_of(spec: JobSpec, facts: Facts = NO_FACTS) -> Task:
     """The task of a spec; `facts` are needed where the spec leaves something to be found in the data."""
-    if spec.task.name == "causal_lm":
-        from launcher.task.causal_lm import CausalLM
+    makers: dict[str, Callable[[JobSpec, Facts], Task]] = {
+        "causal_lm": _causal_lm,
+        "chat": _chat,
+        "masked_lm": _masked_lm,
+        "sequence_classification": _sequence_classification,
+        "regression": _regression,
+        "token_classification": _token_classification,
+        "extractive_qa": _extractive_qa,
+        "preference": _preference,
+    }
+    return makers[spec.task.name](spec, facts)
 
-        return CausalLM(seq_len=spec.training.seq_len, packing=spec.data.packing)
-    from launcher.task.sequence_classification import SequenceClassification
 
-    names = spec.task.labels or facts.labels
-    return SequenceClassification(seq_len=spec.training.seq_len, labels=names)
+def _causal_lm(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.causal_lm import CausalLM
+
+    return CausalLM(seq_len=spec.training.seq_len, packing=spec.data.packing)
+
+
+def _chat(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.chat import Chat
+
+    return Chat(spec.training.seq_len)
+
+
+def _masked_lm(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.masked_lm import MaskedLM
+
+    return MaskedLM(
+        spec.training.seq_len,
+        spec.data.packing,
+        seed=spec.seed,
+        share=spec.task.mask_probability,
+        whole_words=spec.task.whole_words,
+        mask_id=facts.mask_id,
+        vocab_size=facts.vocab_size,
+    )
+
+
+def _sequence_classification(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.sequence_classification import SequenceClassification, balanced_weights
+
+    weights = spec.task.class_weights
+    if weights == "balanced":
+        weights = tuple(balanced_weights(facts.label_counts)) or None  # none are known before there is data
+    return SequenceClassification(
+        spec.training.seq_len,
+        spec.task.labels or facts.labels,
+        multi_label=spec.task.multi_label,
+        class_weights=weights,
+        label_smoothing=spec.task.label_smoothing,
+    )
+
+
+def _regression(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.regression import Regression
+
+    return Regression(spec.training.seq_len)
+
+
+def _token_classification(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.token_classification import TokenClassification
+
+    labels = spec.task.labels or facts.labels
+    return TokenClassification(spec.training.seq_len, labels, label_all_tokens=spec.task.label_all_tokens)
+
+
+def _extractive_qa(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.extractive_qa import ExtractiveQA
+
+    return ExtractiveQA(
+        spec.training.seq_len,
+        doc_stride=spec.task.doc_stride,
+        max_answer_tokens=spec.task.max_answer_tokens,
+        no_answer=spec.task.no_answer,
+        null_threshold=spec.task.null_threshold,
+    )
+
+
+def _preference(spec: JobSpec, facts: Facts) -> Task:
+    from launcher.task.preference import Preference
+
+    return Preference(spec.training.seq_len, beta=spec.task.beta)

@@ -51,10 +51,10 @@ class CausalLM:
         return [{"input_ids": [0]} for _ in range(count)]
 
     def num_valid(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return num_next_tokens(batch)
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        return _cross_entropy_sum(logits, _next_tokens(batch))
+        return next_token_loss_sum(logits, batch)
 
     def metrics(self, num_samples: int = 0) -> CausalLMMetrics:
         return CausalLMMetrics()
@@ -84,6 +84,15 @@ class CausalLMMetrics:
             return dict.fromkeys(("loss", "perplexity", "accuracy"), float("nan"))
         loss = loss_sum / num_valid
         return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": num_right / num_valid}
+
+
+def num_next_tokens(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def next_token_loss_sum(logits: Tensor, batch: Batch) -> Tensor:
+    """Sum of the cross entropies in nats of every token that counts, given those before it; `logits` (B, T, V)."""
+    return _cross_entropy_sum(logits, _next_tokens(batch))
 
 
 def _next_tokens(batch: Batch) -> Tensor:

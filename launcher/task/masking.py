@@ -32,24 +32,42 @@ def mask_tokens(
     mask_id: int,
     vocab_size: int,
     share: float = 0.15,
+    words: Ints | None = None,
 ) -> tuple[Ints, Ints]:
     """(ids to show the model, labels), both int64 (T,) like `input_ids`; labels are `IGNORED` where nothing is asked.
 
     special_mask: (T,), true for tokens that are never drawn (`[CLS]`, `[SEP]`, padding). The number of drawn tokens is
     the share of the others, rounded by a random number so that its mean is exact, and at least 1 if there is one: a
     row without a target teaches nothing. A token at random may be any id below `vocab_size`.
+    words: (T,), for each token the number of its word; then whole words are drawn, one after the other, leaving out those
+    that would be more tokens than wanted (all but the first), as in BERT's own whole-word masking.
     """
     draws = uniform(seed, sample, epoch, 1 + 3 * len(input_ids))
     order, kind, replacement = draws[1:].reshape(3, -1)
     candidates = np.flatnonzero(~special_mask)
     num_drawn = min(len(candidates), max(1, int(share * len(candidates) + draws[0])))
-    drawn = candidates[np.argsort(order[candidates], kind="stable")[:num_drawn]]
+    in_order = candidates[np.argsort(order[candidates], kind="stable")]
+    drawn = in_order[:num_drawn] if words is None else _whole(in_order, words, num_drawn)
     shown, labels = np.array(input_ids, dtype=np.int64), np.full(len(input_ids), IGNORED, dtype=np.int64)
     labels[drawn] = shown[drawn]
     shown[drawn[kind[drawn] < REPLACED_BY_MASK]] = mask_id
     at_random = drawn[kind[drawn] >= 1 - REPLACED_BY_RANDOM]
     shown[at_random] = (replacement[at_random] * vocab_size).astype(np.int64)
     return shown, labels
+
+
+def _whole(in_order: Ints, words: Ints, num_drawn: int) -> Ints:
+    """Tokens of the words that come first, each word standing where its first drawn token does."""
+    held: dict[int, list[int]] = {}
+    for token in in_order.tolist():
+        held.setdefault(int(words[token]), []).append(token)
+    drawn: list[int] = []
+    for tokens in held.values():
+        if not drawn or len(drawn) + len(tokens) <= num_drawn:
+            drawn += tokens
+        if len(drawn) >= num_drawn:
+            break
+    return np.array(drawn, dtype=np.int64)
 
 
 def uniform(seed: int, sample: int, epoch: int, count: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""One label per text. Rows are what the tokenizer gives for the text alone, cut at `seq_len` tokens.
+"""One label per text or pair of texts, or with `multi_label` any number. Rows are what the tokenizer gives, cut at `seq_len`.
 
 torch is imported where tensors are made: preparing data needs `rows` only.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
+from launcher.task.encoding import text_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,98 +18,170 @@ if TYPE_CHECKING:
 class SequenceClassification:
     name = "sequence_classification"
     auto_class = "AutoModelForSequenceClassification"
-    columns: dict[str, Kind] = {"input_ids": "tokens", "label": "class"}  # noqa: RUF012 - never altered
     logits_per_token = False
     sequences_per_sample = 1
 
-    def __init__(self, seq_len: int, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        seq_len: int,
+        labels: Sequence[str],
+        *,
+        multi_label: bool = False,
+        class_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
         assert labels, "the labels come from the spec or from the prepared data"
         self.seq_len = seq_len
         self.labels = tuple(labels)
+        self.multi_label = multi_label
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+        self.label_smoothing = label_smoothing
+        self.columns: dict[str, Kind] = {"input_ids": "tokens", "second": "int"}
+        self.columns["label"] = "classes" if multi_label else "class"
         self.config_overrides: dict[str, Any] = {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
         }
 
     def logits_width(self, config: Any) -> int:
         return int(config.num_labels)
 
     def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
-        """Every record gives one row; its label was checked by the reader."""
+        """Every record gives one row; its labels were checked by the reader."""
         ids_of = self.config_overrides["label2id"]
         for some in records:
-            texts = [record.text for record in some]
-            encoded = tokenizer(texts, truncation=True, max_length=self.seq_len, return_attention_mask=False)
-            for record, ids in zip(some, encoded["input_ids"], strict=True):
-                # a tokenizer that adds nothing gives nothing for an empty text, and no model takes a row of 0 tokens
-                yield {"input_ids": ids or [_filler(tokenizer)], "label": ids_of[record.label]}
+            for record, row in zip(some, text_rows(some, tokenizer, self.seq_len), strict=True):
+                ids = sorted({ids_of[label] for label in record.labels})
+                yield {**row, "label": ids if self.multi_label else ids[0]}
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
+        """`labels` (B,) class ids, or with `multi_label` (B, C) of 0, 1 and, in a row that does not count, `IGNORED`."""
         import torch
 
         from launcher.task.padding import pad_right
 
-        labels = torch.tensor([int(row["label"]) for row in rows], dtype=torch.int64)
+        if not self.multi_label:
+            labels = torch.tensor([int(row["label"]) for row in rows], dtype=torch.int64)
+            return {**pad_right(rows, pad_id), "labels": labels}
+        labels = torch.zeros(len(rows), len(self.labels), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            if list(row["label"]) == [IGNORED]:
+                labels[number] = IGNORED
+            else:
+                labels[number, torch.as_tensor(list(row["label"]), dtype=torch.int64)] = 1
         return {**pad_right(rows, pad_id), "labels": labels}
 
     def dummy_rows(self, count: int) -> list[Row]:
-        return [{"input_ids": [0], "label": IGNORED} for _ in range(count)]
+        return [{"input_ids": [0], "label": [IGNORED] if self.multi_label else IGNORED} for _ in range(count)]
 
-    def num_valid(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+    def num_valid(self, batch: Batch) -> float:
+        """Texts; with weights, the sum of those of their classes; with `multi_label`, yes-or-no answers."""
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        if self.class_weights is None:
+            return int(labels.numel())
+        return float(sum(self.class_weights[label] for label in labels.tolist()))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """`logits` (B, C)."""
-        return _cross_entropy_sum(logits, batch["labels"])
+        """`logits` (B, C). torch's cross entropy or, with `multi_label`, binary cross entropies of every class."""
+        import torch
+        from torch.nn import functional
 
-    def metrics(self, num_samples: int = 0) -> ClassificationMetrics:
-        return ClassificationMetrics(len(self.labels))
+        logits, labels = logits.float(), batch["labels"]
+        if self.multi_label:
+            losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+            return torch.where(labels == IGNORED, logits * 0.0, losses).sum()
+        weight = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+        return functional.cross_entropy(
+            logits,
+            labels,
+            weight=weight,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        return MultiLabelMetrics(self) if self.multi_label else ClassificationMetrics(self)
+
+
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """samples / (classes x samples of the class), as scikit-learn's `balanced`; a class without a sample weighs 1."""
+    return [sum(counts) / (len(counts) * count) if count else 1.0 for count in counts]
 
 
 class ClassificationMetrics:
-    """`sums` = the loss in nats, then the C x C counts [truth, prediction] row by row, float64 (exact to 2^53)."""
+    """`sums` = the loss, the weight of its targets, then the C x C counts [truth, prediction] row by row, float64."""
 
-    def __init__(self, num_labels: int) -> None:
+    def __init__(self, task: SequenceClassification) -> None:
         import torch
 
-        self.num_labels = num_labels
-        self.sums = torch.zeros(1 + num_labels**2, dtype=torch.float64)
+        self.task = task
+        self.sums = torch.zeros(2 + len(task.labels) ** 2, dtype=torch.float64)
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         import torch
 
         logits = logits.detach()
-        labels = batch["labels"]
+        labels, num_labels = batch["labels"], len(self.task.labels)
         valid = labels != IGNORED
-        loss = _cross_entropy_sum(logits, labels)
-        cells = labels[valid] * self.num_labels + logits.argmax(-1)[valid]
-        counts = torch.bincount(cells, minlength=self.num_labels**2)
-        self.sums = self.sums.to(logits.device) + torch.cat([loss.reshape(1).double(), counts.double()])
+        loss = self.task.loss_sum(logits, batch).double().reshape(1)
+        weight = loss.new_tensor([self.task.num_valid(batch)])
+        cells = labels[valid] * num_labels + logits.argmax(-1)[valid]
+        counts = torch.bincount(cells, minlength=num_labels**2)
+        self.sums = self.sums.to(logits.device) + torch.cat([loss, weight, counts.double()])
 
     def result(self) -> dict[str, float]:
-        """Precision, recall and F1 are means over the classes seen as truth or prediction, 0 for 0/0 (as scikit-learn)."""
-        counts = self.sums[1:].reshape(self.num_labels, self.num_labels).cpu()
+        """Of two classes also `f1_binary`: the F1 of the second one, as scikit-learn's default has it."""
+        from launcher.task.scores import class_scores, matthews
+
+        num_labels = len(self.task.labels)
+        counts = self.sums[2:].reshape(num_labels, num_labels).cpu()
         num_valid = float(counts.sum())
         if num_valid == 0:
             return dict.fromkeys(("loss", "accuracy", "precision", "recall", "f1"), float("nan"))
         truths, predictions, hits = counts.sum(1), counts.sum(0), counts.diagonal()
-        seen = (truths + predictions) > 0
+        scores = class_scores(hits, predictions, truths)
+        if num_labels == 2:
+            scores["f1_binary"] = float(2 * hits[1] / (truths[1] + predictions[1]).clamp(min=1))
         return {
-            "loss": float(self.sums[0]) / num_valid,
+            "loss": float(self.sums[0] / self.sums[1]),
             "accuracy": float(hits.sum()) / num_valid,
-            "precision": float((hits / predictions.clamp(min=1))[seen].mean()),
-            "recall": float((hits / truths.clamp(min=1))[seen].mean()),
-            "f1": float((2 * hits / (truths + predictions).clamp(min=1))[seen].mean()),
+            **{name: scores[name] for name in ("precision", "recall", "f1", "f1_micro", "f1_binary") if name in scores},
+            "matthews": matthews(counts),
         }
 
 
-def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn import functional
+class MultiLabelMetrics:
+    """`sums` = the loss, yes-or-no answers, texts, texts with every answer right, then C hits, C yeses given, C true ones.
 
-    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    An answer is yes where its probability is above one half.
+    """
 
+    def __init__(self, task: SequenceClassification) -> None:
+        import torch
 
-def _filler(tokenizer: Any) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
-    return next(token_id for token_id in known if token_id is not None)
+        self.task = task
+        self.sums = torch.zeros(4 + 3 * len(task.labels), dtype=torch.float64)
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        import torch
+
+        logits = logits.detach()
+        loss = self.task.loss_sum(logits, batch).double().reshape(1)
+        valid = batch["labels"][:, 0] != IGNORED
+        truth, yes = batch["labels"][valid] == 1, logits[valid] > 0
+        counts = [(truth & yes).sum(0), yes.sum(0), truth.sum(0)]
+        texts = loss.new_tensor([truth.numel(), len(truth), int((truth == yes).all(1).sum())])
+        self.sums = self.sums.to(logits.device) + torch.cat([loss, texts, *(count.double() for count in counts)])
+
+    def result(self) -> dict[str, float]:
+        """`accuracy` is the share of texts with exactly the right labels."""
+        from launcher.task.scores import class_scores
+
+        loss, num_answers, num_texts, num_right = self.sums[:4].tolist()
+        if num_texts == 0:
+            return dict.fromkeys(("loss", "accuracy", "precision", "recall", "f1"), float("nan"))
+        hits, yes, truths = self.sums[4:].reshape(3, -1).cpu()
+        return {"loss": loss / num_answers, "accuracy": num_right / num_texts, **class_scores(hits, yes, truths)}

@@ -136,7 +136,7 @@ def _set_up(
     training: TrainingData,
     stop: StopFlag,
 ) -> Run:
-    task = task_of(spec, data.facts)
+    task = task_of(spec, data.facts(spec.task))
     model = build_model(spec, task, data)
     if plan.chosen.layout.recompute == "full":
         enable_recompute(model)

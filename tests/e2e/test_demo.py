@@ -56,7 +56,7 @@ def test_the_model_folder_holds_what_was_trained(
     learnt = learn(lesson, folder, Console(), SMALL[lesson.name])
     assert learnt.after.metrics["loss"] != learnt.before.metrics["loss"]
 
-    task = task_of(learnt.spec, learnt.data.facts)
+    task = task_of(learnt.spec, learnt.data.facts(learnt.spec.task))
     kind = getattr(transformers, task.auto_class)
     opened, info = kind.from_pretrained(learnt.model_dir, output_loading_info=True)
     assert not any(info.values()), info

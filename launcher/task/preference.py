@@ -1,0 +1,140 @@
+"""The better of two answers, by direct preference optimisation (Rafailov et al., 2023, eq. 7).
+
+loss = -log sigmoid(beta x ((chosen - reference chosen) - (rejected - reference rejected))), each the log-probability of
+the whole answer. The reference is the model as it is before training. It never stands beside the model: its two numbers
+per sample are computed before the first step and kept (launcher/train/reference.py), and the rows that come to `collate`
+carry them as `reference`.
+torch is imported where tensors are made: preparing data needs `rows` only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task.templates import learnt_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Preference:
+    name = "preference"
+    auto_class = "AutoModelForCausalLM"
+    columns: dict[str, Kind] = {"input_ids": "tokens", "second": "int", "loss_mask": "bytes"}  # noqa: RUF012 - never altered
+    logits_per_token = True
+    sequences_per_sample = 2
+
+    def __init__(self, seq_len: int, *, beta: float = 0.1) -> None:
+        self.seq_len = seq_len
+        self.beta = beta
+        self.config_overrides: dict[str, Any] = {}
+
+    def logits_width(self, config: Any) -> int:
+        return int(config.vocab_size)
+
+    def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
+        """The tokens of the conversation with the chosen answer, then, from `second` on, with the rejected one; each at most
+        `seq_len`. A pair of which either answer is cut off whole, or that the cut leaves alike, gives no row."""
+        for some in records:
+            for record in some:
+                chosen, rejected = (self._cut(record, name, tokenizer) for name in ("chosen", "rejected"))
+                if any(chosen[1][1:]) and any(rejected[1][1:]) and chosen[0] != rejected[0]:
+                    yield {
+                        "input_ids": [*chosen[0], *rejected[0]],
+                        "second": len(chosen[0]),
+                        "loss_mask": [*chosen[1], *rejected[1]],
+                    }
+
+    def _cut(self, record: Record, name: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+        ids, mask = learnt_tokens(record, record.parts[name], tokenizer)
+        return ids[: self.seq_len], mask[: self.seq_len]
+
+    def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
+        """2 B sequences, the chosen ones first: `input_ids`, `attention_mask`, `labels` (2 B, T), `IGNORED` but in the
+        answers. `reference` (B, 2): log-probabilities of chosen and rejected, nan where the row carries none.
+        `samples` (B,), below 0 for a row that does not count."""
+        import torch
+
+        from launcher.task.padding import pad_right, padded
+
+        halves = [
+            {name: row[name][part] for name in ("input_ids", "loss_mask")}
+            for take in (slice(0, 1), slice(1, 2))
+            for row in rows
+            for part in [slice(0, int(row["second"])), slice(int(row["second"]), None)][take]
+        ]
+        batch = pad_right(halves, pad_id)
+        labels = batch["input_ids"].masked_fill(padded([half["loss_mask"] for half in halves], 0) == 0, IGNORED)
+        labels[:, 0] = IGNORED  # nothing predicts it
+        reference = [row.get("reference", (math.nan, math.nan)) for row in rows]
+        return {
+            **batch,
+            "labels": labels,
+            "reference": torch.tensor(reference, dtype=torch.float64).float(),
+            "samples": torch.tensor([row.get("sample", 0) for row in rows]),
+        }
+
+    def dummy_rows(self, count: int) -> list[Row]:
+        nothing = {"second": 1, "loss_mask": [0, 0], "reference": (0.0, 0.0), "sample": -1}
+        return [{"input_ids": [0, 0], **nothing} for _ in range(count)]
+
+    def num_valid(self, batch: Batch) -> int:
+        return int((batch["samples"] >= 0).sum())
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`logits` (2 B, T, V); the loss is the sum over the pairs."""
+        from torch.nn import functional
+
+        margins = self.margins(logits, batch)
+        assert not bool(margins.isnan().any()), "rows carry the reference's log-probabilities"
+        losses = -functional.logsigmoid(margins)
+        return losses.masked_fill(batch["samples"] < 0, 0.0).sum()
+
+    def margins(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Reward of the chosen answer above that of the rejected one (B,)."""
+        rewards = self.beta * (self.answer_logps(logits, batch) - batch["reference"])
+        return rewards[:, 0] - rewards[:, 1]
+
+    def answer_logps(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Log-probability in nats of the chosen and of the rejected answer, (B, 2), fp32."""
+        from torch.nn import functional
+
+        targets = batch["labels"][:, 1:]
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+        nats = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
+        return -nats.reshape(targets.shape).sum(1).reshape(2, -1).T
+
+    def metrics(self, num_samples: int = 0) -> PreferenceMetrics:
+        return PreferenceMetrics(self)
+
+
+class PreferenceMetrics:
+    """`sums` = pairs, the loss, pairs whose chosen answer has the higher reward, sum of chosen and of rejected rewards."""
+
+    def __init__(self, task: Preference) -> None:
+        import torch
+
+        self.task = task
+        self.sums = torch.zeros(5, dtype=torch.float64)
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        import torch
+        from torch.nn import functional
+
+        rewards = self.task.beta * (self.task.answer_logps(logits.detach(), batch) - batch["reference"]).double()
+        rewards = rewards[batch["samples"] >= 0]
+        margins = rewards[:, 0] - rewards[:, 1]
+        sums = [-functional.logsigmoid(margins).sum(), (margins > 0).double().sum(), *rewards.sum(0)]
+        found = torch.stack([rewards.new_tensor(len(rewards)), *sums])
+        self.sums = self.sums.to(logits.device) + found
+
+    def result(self) -> dict[str, float]:
+        num_pairs, *sums = self.sums.tolist()
+        names = ("loss", "accuracy", "chosen_reward", "rejected_reward")
+        if num_pairs == 0:
+            return dict.fromkeys((*names, "reward_margin"), math.nan)
+        scores = {name: value / num_pairs for name, value in zip(names, sums, strict=True)}
+        return {**scores, "reward_margin": scores["chosen_reward"] - scores["rejected_reward"]}
