@@ -149,7 +149,7 @@ BAD = {
         "a.jsonl:2: is not JSON (Expecting ',' delimiter at column 1); write one object per line",
     ),
     "JSON that is no object": (
-        ("a.json", b"[1]", TEXT_ONLY),
+        ("a.jsonl", b"[1]", TEXT_ONLY),
         "a.json:1: [1] is not a JSON object; write one object per line",
     ),
     "missing key": (

@@ -217,7 +217,7 @@ def test_sources_of_samples_that_will_not_do_are_refused(
         f"--data: {empty} holds no sample to score; give files with text in them"
     )
     assert refusal(capsys, model, "--data", rows) == (
-        "--task: is missing; give one of causal_lm, sequence_classification"
+        "--task: is missing; give one of causal_lm, chat, masked_lm, sequence_classification, regression, token_classification, extractive_qa, preference"
     )
     assert refusal(capsys, model, *task, "--data", rows, "--seq-len", 17) == (
         "--seq-len: 17 is more tokens than the model's 16 positions; give at most 16"

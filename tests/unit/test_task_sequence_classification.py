@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_recall_fscore_support
 from torch.nn import functional
 
 from launcher.job.load import parse_spec
@@ -31,9 +31,9 @@ class Digits:
 def test_rows_hold_the_class_id_and_at_most_seq_len_tokens() -> None:
     records = [[Record("12", "good"), Record("12345", "bad")], [Record("", "odd")]]
     assert list(TASK.rows(records, Digits())) == [
-        {"input_ids": [1, 2], "label": 1},
-        {"input_ids": [1, 2, 3, 4], "label": 0},
-        {"input_ids": [7], "label": 2},
+        {"input_ids": [1, 2], "second": 2, "label": 1},
+        {"input_ids": [1, 2, 3, 4], "second": 4, "label": 0},
+        {"input_ids": [7], "second": 1, "label": 2},
     ]
 
 
@@ -42,6 +42,7 @@ def test_the_head_is_told_its_classes() -> None:
         "num_labels": 3,
         "id2label": {0: "bad", 1: "good", 2: "odd"},
         "label2id": {"bad": 0, "good": 1, "odd": 2},
+        "problem_type": "single_label_classification",
     }
 
 
@@ -87,6 +88,8 @@ def test_scores_are_those_of_scikit_learn(pairs: list[tuple[int, int]], batch_si
             "precision": precision,
             "recall": recall,
             "f1": f1,
+            "f1_micro": f1_score(truths, guesses, average="micro"),
+            "matthews": matthews_corrcoef(truths, guesses),
         },
         rel=1e-5,
     )
