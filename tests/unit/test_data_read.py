@@ -150,7 +150,7 @@ BAD = {
     ),
     "JSON that is no object": (
         ("a.jsonl", b"[1]", TEXT_ONLY),
-        "a.json:1: [1] is not a JSON object; write one object per line",
+        "a.jsonl:1: [1] is not a JSON object; write one object per line",
     ),
     "missing key": (
         ("a.jsonl", b'{"txet": "x"}', TEXT_ONLY),
