@@ -74,7 +74,7 @@ def evaluate(
     with torch.inference_mode():
         for some in _batches(rows, batch_size):
             batch = {name: tensor.to(model.device) for name, tensor in task.collate(some, pad_id).items()}
-            metrics.update(logits_of(model(**model_inputs(batch))), batch)
+            metrics.update(logits_of(model(**model_inputs(batch, model.config))), batch)
             num_samples += len(some)
             if progress is not None:
                 progress(num_samples)

@@ -33,7 +33,7 @@ class MaskedLM:
     def __init__(
         self,
         seq_len: int,
-        packing: Literal["concat", "none"],
+        packing: Literal["concat", "none", "best_fit"],
         *,
         seed: int = 0,
         share: float = 0.15,

@@ -65,20 +65,32 @@ _COMPUTED_IN = {
 }
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What the model's forward gets: the loss is the task's, so no targets."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+def model_inputs(batch: Batch, config: Any) -> dict[str, Any]:
+    """What the forward of a model with this config gets: the loss is the task's, so no targets.
+
+    Which text of a pair a token is from is said only to a model that learns it, as BERT does: RoBERTa and ModernBERT have
+    no embedding for it, Llama no such argument, and GPT-2 would take it for a token.
+    """
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    if not has_segments(config):
+        inputs.pop("token_type_ids", None)
+    return inputs
+
+
+def has_segments(config: Any) -> bool:
+    return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
 
 class ModelInputs:
     """`model_inputs` of one run: packed rows get a mask that keeps their documents apart."""
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any) -> None:
+        self._config = model.config
         self._attention = Attention.of(model) if spec.data.packing == "best_fit" else None
         self._dtype = _COMPUTED_IN[plan.chosen.layout.precision]
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        inputs = model_inputs(batch)
+        inputs = model_inputs(batch, self._config)
         if self._attention is None or DOCUMENT_IDS not in batch:
             return inputs
         return {**inputs, **self._attention.inputs(batch, self._dtype)}

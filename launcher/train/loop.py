@@ -37,7 +37,7 @@ from launcher.train.checkpoint import (
     save_checkpoint,
     verify_checksums,
 )
-from launcher.train.engine import Engine, make_engine
+from launcher.train.engine import Engine, has_segments, make_engine
 from launcher.train.leak_check import check_isolation
 from launcher.train.manifest import VERSION, Manifest, Saved
 from launcher.train.model import build_model, enable_recompute
@@ -165,7 +165,11 @@ def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False)
+    if has_segments(model.config) and "token_type_ids" not in tokenizer.model_input_names:
+        # a tokenizer of ours does not know its model: now it gives pairs as the model learnt them
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
+    tokenizer.save_pretrained(folder)
 
 
 def _restore(run: Run, saved: Saved) -> Position:
