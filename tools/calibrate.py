@@ -1,4 +1,4 @@
-"""Hold the planner against published runs: step time (`published`) and peak memory (`memory`), one CSV row per run.
+"""Hold the planner against published runs (`published`, `memory`), one CSV row per run, or runs of its own (`measure`).
 
 The models of such tables are built from their sizes alone, no weights and no torch: `tools.published_models`. Every
 constant that the predictions use is a figure of `slurm/clusters/`; none belongs to a row or a model.
@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import EXIT_DONE, UserError
 from launcher.plan.layout import Layout
 from launcher.plan.memory import rank_memory
 from launcher.plan.step_time import step_time
 from launcher.units import GIB
+from tools.measured import add_measure_options, measured
+from tools.measured_runs import DONE, Measured
 from tools.published_models import llama_cost, mpt_cost
 from tools.published_table import Row, cluster_of, read_table
 
@@ -29,6 +32,8 @@ REDUCE_BYTES = {"PURE": 2, "DEFAULT": 4}
 STATE_BYTES = {"bf16": 2, "amp_bf16": 4, "amp_fp8": 4}
 """Bytes of an element of parameters, gradients and moments, by Composer's precision: `bf16` trains in bf16 throughout."""
 RANKS_PER_NODE = 8
+MEASURED = "measured"
+"""What a figure of our own runs is called where those of others are `published`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Case:
     """Of the CSV file, the header is 1."""
     label: str
     published: float
-    """Tokens per second and GPU, or GiB."""
+    """Tokens per second and GPU, or GiB; of our own runs what was measured, GiB or seconds per step."""
     predicted: float
     fits: bool
     """Whether the memory model lets it run, as it did."""
@@ -144,12 +149,16 @@ def summary(cases: list[Case]) -> dict[str, float]:
     }
 
 
-def _shown(cases: list[Case], unit: str, as_json: bool) -> str:
+def _summary_json(cases: list[Case]) -> dict[str, Any]:
+    return {**summary(cases), "rows": [{**asdict(case), "error": case.error} for case in cases]}
+
+
+def _shown(cases: list[Case], unit: str, as_json: bool, known: str = "published") -> str:
     total = summary(cases)
     if as_json:
-        return json.dumps({**total, "rows": [{**asdict(case), "error": case.error} for case in cases]}, indent=1) + "\n"
+        return json.dumps(_summary_json(cases), indent=1) + "\n"
     width = max(len(case.label) for case in cases)
-    lines = [f"{'line':>5}  {'run':<{width}}  {'published':>10}  {'predicted':>10}  {'error':>6}   ({unit})"]
+    lines = [f"{'line':>5}  {'run':<{width}}  {known:>10}  {'predicted':>10}  {'error':>6}   ({unit})"]
     for case in cases:
         refused = "" if case.fits else f"   called impossible: {case.memory_gib:.1f} GiB"
         bound = f"   {case.bound_by}" if case.bound_by else ""
@@ -166,20 +175,68 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("table", metavar="FILE.csv", type=Path, help="the table, one run per row")
         command.add_argument("--json", action="store_true", help="print one JSON object")
+    words = "run a grid of small real jobs here, and compare peak memory and step time with their plans"
+    add_measure_options(commands.add_parser("measure", help=words, description=words))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(argv)
-    case_of, unit, _ = COMMANDS[options.command]
     try:
+        if options.command == "measure":
+            return _measure(options)
+        case_of, unit, _ = COMMANDS[options.command]
         cases = [case_of(row) for row in read_table(options.table)]
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     sys.stdout.write(_shown(cases, unit, options.json))
     return EXIT_DONE
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Peak memory first, as long as the device accounts for it, then step time."""
+    rows = measured(options)
+    done = [row for row in rows if row.status == DONE]
+    memory = [memory_of(number, row) for number, row in enumerate(done, start=1) if row.peak_reserved_bytes]
+    times = [time_of(number, row) for number, row in enumerate(done, start=1)]
+    lost = [row for row in rows if row.status != DONE]
+    if options.json:
+        sys.stdout.write(json.dumps(_measured_json(memory, times, lost), indent=1) + "\n")
+        return EXIT_DONE
+    if memory:
+        sys.stdout.write("peak memory, allocated and reserved by torch, against the plan's total\n")
+        sys.stdout.write(_shown(memory, "GiB", False, MEASURED))
+    elif times:
+        sys.stdout.write("peak memory is not compared: a CPU keeps no account of it\n")
+    if times:
+        sys.stdout.write(_shown(times, "seconds per step", False, MEASURED))
+    for row in lost:
+        sys.stdout.write(f"{row.case}: {row.status}: {row.message}\n")
+    return EXIT_DONE
+
+
+def _measured_json(memory: list[Case], times: list[Case], lost: list[Measured]) -> dict[str, Any]:
+    """The keys of the other commands are memory's where it was compared, else the step time's."""
+    parts = {name: _summary_json(cases) for name, cases in (("memory", memory), ("step_time", times)) if cases}
+    for part in parts.values():
+        part["rows"] = [{MEASURED: row.pop("published"), **row} for row in part["rows"]]
+    first = parts.get("memory") or parts.get("step_time") or {"cases": 0, "impossible": 0, "rows": []}
+    return {**first, **parts, "lost": [asdict(row) for row in lost]}
+
+
+def memory_of(number: int, row: Measured) -> Case:
+    """What the allocator reserved, since that is what must be there; the context is outside of both figures."""
+    gib = row.predicted_memory_bytes / GIB
+    fits = row.predicted_memory_bytes <= row.usable_bytes
+    return Case(number, row.case, row.peak_reserved_bytes / GIB, gib, fits, gib, None)
+
+
+def time_of(number: int, row: Measured) -> Case:
+    gib = row.predicted_memory_bytes / GIB
+    fits = row.predicted_memory_bytes <= row.usable_bytes
+    return Case(number, row.case, row.step_seconds, row.predicted_step_seconds, fits, gib, None)
 
 
 if __name__ == "__main__":

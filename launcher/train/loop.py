@@ -42,6 +42,7 @@ from launcher.train.leak_check import check_isolation
 from launcher.train.manifest import VERSION, Manifest, Saved
 from launcher.train.model import build_model, enable_recompute
 from launcher.train.optim import learning_rate
+from launcher.train.peak import device_peaks
 from launcher.train.preempt import StopFlag
 from launcher.train.report import LOG, Reporter
 from launcher.train.world import World
@@ -84,6 +85,7 @@ class Window:
     targets: float = 0.0
     tokens: float = 0.0
     data_wait_seconds: float = 0.0
+    steps: int = 0
     started: float = 0.0
 
     @classmethod
@@ -270,6 +272,7 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, window: Window) -> tupl
         )
     window.targets += num_targets
     window.tokens += num_tokens
+    window.steps += 1
     return norm, stops > 0
 
 
@@ -293,6 +296,8 @@ def _record(run: Run, report: Reporter, window: Window, at: Position, lr: float,
             "tokens_per_second": window.tokens / seconds,
             "samples": at.samples,
             "seconds": seconds,
+            "step_seconds": seconds / window.steps,
+            **device_peaks(run.device),
             "data_wait_seconds": window.data_wait_seconds,
         },
     )
