@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from launcher.plan.layout import Engine, Layout
+from launcher.units import show_bytes
 
 Basis = Literal["counted", "traced", "bound", "assumed", "margin"]
 SPREAD: dict[str, tuple[float, float]] = {
@@ -162,6 +163,23 @@ class Candidate:
     def strategy(self) -> str:
         return self.layout.strategy
 
+    @property
+    def shortfall(self) -> str:
+        """In words: what is needed of the first place that is too small; of the accelerator where none is."""
+        memory = next(iter(self.too_small), self.memory)
+        assert memory.usable_bytes is not None, "what has no limit is never too small"
+        largest = sorted(memory.items, key=lambda item: -item.num_bytes)[:3]
+        parts = ", ".join(f"{item.name} {show_bytes(item.num_bytes)}" for item in largest)
+        return f"{show_bytes(memory.total_bytes)} needed{_WHERE[memory.place]}, {show_bytes(memory.usable_bytes)} usable ({parts})"
+
+
+_WHERE: dict[Place, str] = {
+    "rank": "",
+    "host": " in the RAM of a node",
+    "nvme": " on the NVMe disks of a node",
+    "disk": " on the disk",
+}
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -185,11 +203,16 @@ class Plan:
     seq_len: int
     num_params: int
     num_steps: int | None
-    """Optimiser steps of the job; None when its length is given in epochs."""
+    """Optimiser steps of the job; None when its length is given in epochs of data that are not prepared yet."""
     reason: str
     alternatives: tuple[Candidate, ...]
-    """What fits as well, best first."""
+    """What fits as well, best first: of each kind of layout, the largest micro-batch that fits."""
     rejected: tuple[Rejected, ...]
+    """What does not, best first: of each kind of layout, the smallest micro-batch that does not fit."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know of the figures: what is extrapolated, what the hardware lacks."""
+    price_per_gpu_hour: float | None = None
+    currency: str = "USD"
 
     @property
     def engine(self) -> Engine:
@@ -203,6 +226,18 @@ class Plan:
     def job_seconds(self) -> float | None:
         """Time of all optimiser steps, when their number is known."""
         return None if self.num_steps is None else self.num_steps * self.chosen.step_time.seconds
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Accelerator hours of all optimiser steps, when their number is known."""
+        return None if self.job_seconds is None else self.job_seconds * self.num_ranks / 3600
+
+    @property
+    def price(self) -> float | None:
+        """In `currency`, where the cluster file has a price and the number of steps is known."""
+        if self.gpu_hours is None or self.price_per_gpu_hour is None:
+            return None
+        return self.gpu_hours * self.price_per_gpu_hour
 
     def decision(self) -> dict[str, Any]:
         """What the ranks must agree on, and nothing else. What younger keys leave as it was is left out: digests last."""
@@ -229,15 +264,20 @@ class Plan:
                 "engine": self.engine,
                 "digest": self.digest(),
                 "reason": self.reason,
+                "notes": list(self.notes),
             },
             "memory": _memory_json(self.chosen.memory),
             "host_memory": _memory_json(self.chosen.host),
             "nvme": _memory_json(self.chosen.nvme),
             "disk": _memory_json(self.chosen.disk),
-            "step_time": {**_time_json(self.chosen.step_time), "job_seconds": self.job_seconds},
+            "step_time": {**_time_json(self.chosen.step_time), **self._job_json()},
             "alternatives": [_candidate_json(candidate) for candidate in self.alternatives],
             "rejected": [{**_candidate_json(lost.candidate), "reason": lost.reason} for lost in self.rejected],
         }
+
+    def _job_json(self) -> dict[str, Any]:
+        keys = ("num_steps", "job_seconds", "gpu_hours", "price", "currency")
+        return {key: getattr(self, key) for key in keys}
 
 
 def _memory_json(memory: Memory) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.cost.values import ModelCost, TensorGroup
 from launcher.plan.collectives import communication_bytes
+from launcher.plan.knobs import STRATEGIES
 from launcher.plan.layout import GROUPED, Layout
 from launcher.plan.memory import (
     FRAGMENTATION,
@@ -22,7 +23,6 @@ from launcher.plan.memory import (
 )
 from launcher.plan.memory.host import PROCESS_BYTES, offloaded
 from launcher.plan.memory.shards import Held, by_elements, by_group, by_rows
-from launcher.plan.search import STRATEGIES
 from launcher.plan.values import Memory
 from tests.unit.costs import cluster_of, small_cost
 

@@ -14,7 +14,9 @@ from launcher.errors import PlanError, SpecError, UserError
 from launcher.job import Cluster, load_cluster
 from launcher.plan import Plan, make_plan
 from launcher.plan.explain import explain
-from launcher.plan.search import STRATEGIES, TIE
+from launcher.plan.knobs import STRATEGIES, families, micro_batches
+from launcher.plan.layout import GROUPED
+from launcher.plan.search import TIE, Search
 from launcher.units import GIB
 from tests.unit.costs import cluster_of, llama_405b, small_cost, spec_of
 
@@ -40,6 +42,7 @@ def plan_in(memory_bytes: float, cost: ModelCost | None = None, bf16: bool = Fal
     return make_plan(spec, cost or state_only(), cluster_of(memory_bytes, bf16))
 
 
+ON_DEVICE = {"parallel__offload_optimizer": "none", "parallel__offload_params": "none"}
 ROOM = 10**11
 """Bytes in which every layout of 10^9 parameters fits."""
 FSDP_BYTES = 8_064_000_000
@@ -61,12 +64,20 @@ gradients 0.8, reduce-scatter buffers 4 x (0.2 + 0.04)."""
     ],
 )
 def test_the_less_memory_the_more_is_sharded(memory_bytes: int, chosen: str) -> None:
-    assert plan_in(memory_bytes).chosen.strategy == chosen
+    assert plan_in(memory_bytes, **ON_DEVICE).chosen.strategy == chosen
+
+
+def test_offload_is_the_last_resort() -> None:
+    """Where nothing fits without it; as fast as here it may be."""
+    assert plan_in(FSDP_BYTES, **ON_DEVICE).chosen.layout.offload_optimizer == "none"
+    below = plan_in(FSDP_BYTES - 1)
+    assert below.chosen.layout.offload_optimizer == "cpu"
+    assert all(other.layout.offload_optimizer == "cpu" for other in below.alternatives)
 
 
 def test_below_the_smallest_nothing_fits() -> None:
     with pytest.raises(PlanError, match=r"fsdp, micro-batch 1 x 1 is the smallest, 7.51 GiB needed"):
-        plan_in(FSDP_BYTES - 1)
+        plan_in(FSDP_BYTES - 1, **ON_DEVICE)
 
 
 def test_a_node_whose_ram_does_not_suffice_is_refused_for_it() -> None:
@@ -95,17 +106,13 @@ def test_one_rank_needs_no_machinery() -> None:
 
 def test_recompute_is_the_last_resort() -> None:
     """A third more arithmetic: not where something without it fits that is as fast."""
-    cost = small_cost()
-    plan = plan_in(10**7, cost, training__global_batch_size=32)
+    asked = {"training__global_batch_size": 32, "parallel__strategy": "ddp"}
+    plan = plan_in(10**7, small_cost(), **asked)
     assert plan.chosen.layout.recompute == "none"
-    smallest = min(
-        (c for c in (plan.chosen, *plan.alternatives) if c.layout.recompute == "none"),
-        key=lambda c: c.memory.total_bytes,
-    )
-    assert plan_in(smallest.memory.total_bytes, cost, training__global_batch_size=32).chosen.layout.recompute == "none"
-    assert (
-        plan_in(smallest.memory.total_bytes - 1, cost, training__global_batch_size=32).chosen.layout.recompute == "full"
-    )
+    one = plan_in(10**7, small_cost(), **asked, parallel__micro_batch_size=1).chosen
+    assert one.layout.recompute == "none"
+    assert plan_in(one.memory.total_bytes, small_cost(), **asked).alternatives
+    assert plan_in(one.memory.total_bytes - 1, small_cost(), **asked).chosen.layout.recompute == "full"
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
@@ -119,8 +126,10 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_fixed_stays_fixed(strategy: str) -> None:
-    """Strategy, micro-batch, recompute and precision, all at once; nothing else is even tried."""
+    """Every key at once; nothing else is even tried."""
     fixed = {"strategy": strategy, "micro_batch_size": 2, "recompute": "full", "precision": "bf16"}
+    fixed |= {"reshard_after_forward": True, "offload_optimizer": "none", "offload_params": "none"}
+    fixed |= {"shard_group_size": 2} if strategy in GROUPED else {}
     plan = plan_in(10**9, small_cost(), training__global_batch_size=16, parallel=fixed)
     chosen = plan.chosen
     assert {key: getattr(chosen.layout, key) for key in fixed} == fixed
@@ -132,19 +141,22 @@ def test_what_is_fixed_stays_fixed(strategy: str) -> None:
 @given(memory_bytes=st.integers(9_000, 60_000), batch=st.integers(1, 24).map(lambda share: 4 * share))
 @settings(max_examples=100, deadline=None)
 def test_a_plan_is_whole(memory_bytes: int, batch: int) -> None:
-    """It fits, its batch adds up, and every layout is chosen, an alternative, or rejected with its shortfall."""
+    """It fits, its batch adds up, and every kind of layout is chosen, an alternative, or rejected with its shortfall."""
     try:
         plan = plan_in(memory_bytes, small_cost(logits_width=1), training__global_batch_size=batch)
     except PlanError:
         return
-    share = batch // 4
-    divisors = sum(share % size == 0 for size in range(1, share + 1))
-    assert 1 + len(plan.alternatives) + len(plan.rejected) == len(STRATEGIES) * divisors * 2
+    tried = [plan.chosen, *plan.alternatives, *(lost.candidate for lost in plan.rejected)]
+    kinds = {dataclasses.replace(c.layout, micro_batch_size=1, accumulation_steps=1) for c in tried}
+    spec = spec_of(cluster__gpus_per_node=4, training__global_batch_size=batch)
+    assert kinds == {
+        dataclasses.replace(layout, accumulation_steps=1) for layout in families(spec, cluster_of(memory_bytes))
+    }
     for candidate in (plan.chosen, *plan.alternatives):
-        assert candidate.memory.fits
+        assert candidate.fits
         assert candidate.layout.micro_batch_size * candidate.layout.accumulation_steps * 4 == batch
     for lost in plan.rejected:
-        assert not lost.candidate.memory.fits
+        assert not lost.candidate.fits
         assert "needed" in lost.reason
         assert "usable" in lost.reason
     assert explain(plan)
@@ -152,7 +164,7 @@ def test_a_plan_is_whole(memory_bytes: int, batch: int) -> None:
 
 def test_the_reason_names_what_would_have_been_simpler() -> None:
     """What is as fast, and what did not fit with its three largest items."""
-    plan = plan_in(9_449_999_999)
+    plan = plan_in(9_449_999_999, **ON_DEVICE)
     assert plan.reason.startswith("fsdp takes ")
     assert " and fits (7.51 GiB of 8.80 GiB per rank)" in plan.reason
     for lost in (
@@ -184,7 +196,7 @@ def test_recompute_is_taken_where_it_saves_time() -> None:
     )
     cost = dataclasses.replace(cost, saved=dict.fromkeys(("fp32", "bf16"), saved))
     asked = {"training__global_batch_size": 64, "parallel__strategy": "fsdp"}
-    plain = next(c for c in plan_in(10**12, cost, **asked).alternatives if c.layout.micro_batch_size == 1)
+    plain = plan_in(10**12, cost, **asked, **ON_DEVICE, parallel__micro_batch_size=1, parallel__recompute="none").chosen
     plan = plan_in(plain.memory.total_bytes, cost, **asked)
     assert plan.chosen.layout.recompute == "full"
     assert any(lost.layout.recompute == "none" for lost in plan.alternatives)
@@ -231,7 +243,7 @@ def test_the_digest_is_of_the_decision_only() -> None:
     plan = plan_in(ROOM)
     same = [
         plan_in(2 * ROOM),
-        plan_in(ROOM, state_only(num_params=9 * 10**8)),
+        plan_in(ROOM, state_only(num_params=9 * 10**8, num_trainable_params=9 * 10**8)),
         plan_in(ROOM, training__lr=1.0),
         dataclasses.replace(plan, reason="another", alternatives=(), rejected=()),
     ]
@@ -255,14 +267,37 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do() -> No
 
 
 def test_a_batch_without_end_is_planned_at_once() -> None:
-    """Micro-batches are divisors of a rank's share, found in its square root of steps."""
-    tried = plan_in(ROOM, training__global_batch_size=10**9, training__seq_len=1)
-    sizes = {
-        c.layout.micro_batch_size
-        for c in (tried.chosen, *tried.alternatives, *(lost.candidate for lost in tried.rejected))
-    }
+    """80 micro-batches divide a rank's share, found in its square root of steps; the border is found by halving."""
+    spec = spec_of(cluster__gpus_per_node=4, training__global_batch_size=10**9, training__seq_len=1)
+    sizes = micro_batches(spec)
     assert len(sizes) == 80  # 250,000,000 = 2^7 x 5^9 has 8 x 10 divisors
-    assert max(sizes) == 250_000_000
+    assert sizes == sorted(size for size in sizes if 250_000_000 % size == 0)
+    chosen = make_plan(spec, small_cost(), cluster_of(10**7)).chosen
+    assert 1 < chosen.layout.micro_batch_size < 250_000_000
+
+
+@given(
+    family=st.integers(0, 10**6),
+    batch=st.sampled_from((64, 96, 720)),
+    memory_gib=st.integers(2, 79),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_micro_batch_that_was_left_out_is_better(family: int, batch: int, memory_gib: int) -> None:
+    """Of each kind of layout the largest micro-batch that fits is no slower than any other that fits."""
+    spec = spec_of(cluster={"name": "h100-80", "nodes": 2, "gpus_per_node": 4}, training__global_batch_size=batch)
+    h100, cost = load_cluster("h100-80"), small_cost(num_params=10**9, num_trainable_params=10**9)
+    cluster = h100.model_copy(update={"gpu": h100.gpu.model_copy(update={"memory_gib": float(memory_gib)})})
+    search = Search(spec, cost, cluster)
+    kinds = families(spec, cluster)
+    kind = kinds[family % len(kinds)]
+    fitting = [search.weighed(kind, size) for size in micro_batches(spec) if search.fits(kind, size)]
+    largest, too_large = search.border(kind)
+    assert (largest > 0) == bool(fitting)
+    if fitting:
+        best = next(c for c in fitting if c.layout.micro_batch_size == largest)
+        assert largest == max(c.layout.micro_batch_size for c in fitting)
+        assert all(best.step_time.seconds <= other.step_time.seconds * (1 + 1e-9) for other in fitting)
+    assert not too_large or not search.fits(kind, too_large)
 
 
 def test_a_model_without_bound_on_positions_takes_any_length() -> None:
@@ -296,14 +331,14 @@ def test_a_model_of_405b_does_not_fit_in_8_ranks() -> None:
         cluster={"name": "h100-80", "gpus_per_node": 8},
         training={"seq_len": 8192, "global_batch_size": 8, "max_steps": 1},
     )
-    with pytest.raises(UserError, match=r"give more ranks \(cluster.nodes") as caught:
+    with pytest.raises(UserError, match=r"this would fit: --set training.seq_len=") as caught:
         make_plan(spec, llama_405b(), with_ample_ram(load_cluster("h100-80")))
     assert "TiB needed" in str(caught.value) or "GiB needed" in str(caught.value)
 
 
 def test_the_json_holds_everything() -> None:
     """What `--json` prints: the decision, the account, and every layout once."""
-    plan = plan_in(9_449_999_999)
+    plan = plan_in(9_449_999_999, **ON_DEVICE)
     raw = plan.to_json()
     assert raw["plan"] == {
         **plan.chosen.layout.decided(),
@@ -311,6 +346,7 @@ def test_the_json_holds_everything() -> None:
         "engine": "torch",
         "digest": plan.digest(),
         "reason": plan.reason,
+        "notes": [],
     }
     for place in ("memory", "host_memory", "nvme", "disk"):
         account = raw[place]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from launcher.cost.values import Flops
 from launcher.job import Cluster, load_cluster
 from launcher.plan.collectives import ring_gb_per_s
-from launcher.plan.layout import Layout
-from launcher.plan.search import STRATEGIES
+from launcher.plan.knobs import STRATEGIES
+from launcher.plan.layout import GROUPED, Layout
 from launcher.plan.step_time import step_time
 from launcher.plan.values import StepTime
 from tests.unit.costs import cluster_of, llama_405b, small_cost
@@ -105,7 +105,9 @@ def test_deepspeed_hides_nothing_below_stage_3(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_rank_waits_for_nobody(strategy: str) -> None:
     cluster = cluster_of(10**6, link__latency_us=1000)
-    assert "collectives" not in items(timed(cluster, strategy=strategy, ranks_per_node=1))
+    group = 1 if strategy in GROUPED else 0
+    alone = items(timed(cluster, strategy=strategy, ranks_per_node=1, shard_group_size=group))
+    assert not {"collectives", "in groups", "between groups"} & set(alone)
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
@@ -162,6 +164,7 @@ def test_more_work_takes_longer_and_a_better_machine_less(
         precision=precision,
         nodes=nodes,
         ranks_per_node=8,
+        shard_group_size=8 if strategy in GROUPED else 0,
         micro_batch_size=micro,
         accumulation_steps=steps,
     )
