@@ -28,6 +28,13 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
+def start_python(module: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start `python -m module` with pipes to its standard input and output; it is to leave when its input ends."""
+    argv = [sys.executable, "-m", module]
+    told = {**os.environ, "PYTHONPATH": _python_path(), **environment}
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=told)
+
+
 def run_until_done(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a launcher in the foreground and return its exit code.
 
