@@ -6,6 +6,7 @@ FleetuneError                 exit code 1: ours
 │   ├── PlanError             a spec that is well formed but cannot be carried out
 │   ├── ModelError            a model folder or config that cannot be opened
 │   ├── DataError             corpus, labels, tokenizer, prepared data
+│   │   └── Interrupted       a full disk, a lost network: what was finished is kept, the same command goes on
 │   └── CheckpointError       a checkpoint that is missing, incomplete or of another run
 └── Preempted                 exit code 75: told to stop, saved, can be started again
 """
@@ -20,7 +21,15 @@ EXIT_USER = 2
 EXIT_INTERRUPTED = 130  # Ctrl-C, by the shells' convention of 128 + signal
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h; Slurm scripts requeue on it
 
-ABSENT = object()  # "no value to show", since None and "" are values
+
+class _Absent:
+    """Stays the one it is when an error comes back from another process."""
+
+    def __reduce__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()  # "no value to show", since None and "" are values
 
 
 class Problem(NamedTuple):
@@ -58,6 +67,9 @@ class UserError(FleetuneError):
     def several(cls, problems: list[Problem]) -> UserError:
         return cls(*problems[0], *problems[1:])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).several, (list(self.problems),)
+
 
 class SpecError(UserError): ...
 
@@ -69,6 +81,10 @@ class ModelError(UserError): ...
 
 
 class DataError(UserError): ...
+
+
+class Interrupted(DataError):
+    """Nothing is wrong with the input: the same command, started again, goes on where this one stopped."""
 
 
 class CheckpointError(UserError): ...

@@ -1,44 +1,40 @@
-"""`fleetune prepare`: corpus -> tokenizer, labels, token shards, index. Needs no torch and no accelerator.
+"""`fleetune prepare`: corpus -> tokenizer, labels, token shards, index. Needs no torch, no accelerator, no process group.
 
-Everything is written to a temporary folder beside the target, the index last, and renamed at the end: what is there is
-whole. The inputs are read several times (checksum, labels, tokenizer, once per split) so that memory never holds them.
+Records are read in order by one process, cut into chunks, and encoded by as many workers as there are cores; the chunks
+are joined in their order. Everything is written to a folder beside the target, the index last, and renamed at the end:
+what is there is whole, and what a killed process had finished is used by the next.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
-from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from launcher.checksum import file_digest
+from launcher.data.building import Building, locked
+from launcher.data.chunks import Chunk, Encoder, Setting, batches_of, schema_of
+from launcher.data.corpus import Corpus, Progress, libraries
 from launcher.data.fingerprint import digest_of, options_fingerprint
-from launcher.data.formats import Columns
 from launcher.data.prepared import INDEX_NAME, INDEX_VERSION, damages, facts_of, read_index
-from launcher.data.read import in_lists, read_records
-from launcher.data.shards import Schema, write_json, write_split
-from launcher.data.sources import Source, find_sources
-from launcher.data.split import is_held_out, share_of
-from launcher.data.tokenizer import load_tokenizer, num_ids, tokenizer_digest, tokenizer_source
-from launcher.errors import ABSENT, DataError
+from launcher.data.problems import Problems
+from launcher.data.quick import facts_of as tokenizer_facts
+from launcher.data.shards import write_batches, write_json
+from launcher.data.split import share_of
+from launcher.data.tokenizer import TokenizerSource, load_tokenizer, num_ids, tokenizer_source
+from launcher.data.workers import run_over
+from launcher.errors import ABSENT, DataError, Interrupted
 from launcher.job.spec import JobSpec
 from launcher.job.tasks import WRITERS, belongs
-from launcher.task import Record, task_of
 from launcher.task.templates import give_template
-
-Progress = Callable[[str, int], None]
-"""Called with what is being done and how many records (for "reading files": files) are through."""
-
-TOKENIZE_RECORDS = 1000
-"""Records given to the tokenizer at once: enough for its threads, little enough for memory."""
 
 TOKENIZER_TEXT_CHARACTERS = 64 << 20
 """Text that a new tokenizer is trained on, at most; of more, a share is drawn by record. SentencePiece keeps it in memory."""
+
+_BYTES_PER_WORKER = 2 << 20
+"""Input below which another worker process costs more time to start than it saves."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +46,51 @@ class PreparedInfo:
     is_new: bool
 
 
-def prepare(spec: JobSpec, *, force: bool = False, progress: Progress | None = None) -> PreparedInfo:
+def prepare(
+    spec: JobSpec, *, force: bool = False, num_workers: int | None = None, progress: Progress | None = None
+) -> PreparedInfo:
     """Prepare the data of a spec, or find it prepared. DataError for any input or option that will not do.
 
     Prepared data of other inputs or options is replaced only with `force`; a folder of anything else never is.
+    num_workers: processes; left out, one per core, and fewer where the input is small. The shards are the same.
     """
-    corpus = _Corpus(spec, progress or _no_progress)
+    progress = progress or _no_progress
+    corpus = Corpus(spec, progress)
     folder = Path(spec.prepared_dir)
     fingerprint = corpus.fingerprint
-    if not force:
-        found = _found(folder, fingerprint)
-        if found is not None:
-            return PreparedInfo(folder, found, is_new=False)
+    found = None if force else _found(folder, fingerprint)
+    if found is not None:
+        return PreparedInfo(folder, found, is_new=False)
     _refuse_foreign(folder)
-    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    building.mkdir(parents=True)
     try:
-        index = _build(corpus, building)
-        _put_in_place(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with locked(folder, lambda: progress("waiting for another process that prepares the same folder", 0)):
+            return _prepared(corpus, folder, force, num_workers)
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror or error})"
+        way_out = "make room or mend the file system, and start the same command again: it goes on where it stopped"
+        raise Interrupted(str(folder), ABSENT, rule, way_out) from error
+
+
+def _prepared(corpus: Corpus, folder: Path, force: bool, num_workers: int | None) -> PreparedInfo:
+    found = None if force else _found(folder, corpus.fingerprint)  # another process may just have made it
+    if found is not None:
+        return PreparedInfo(folder, found, is_new=False)
+    building = Building(folder, corpus.fingerprint)
+    try:
+        index = _build(corpus, building, num_workers)
+    except Interrupted:
+        raise
+    except DataError:
+        building.remove()  # another input or another option is another building
+        raise
+    _put_in_place(building.folder / "data", folder)
+    building.remove()
     return PreparedInfo(folder, index, is_new=True)
+
+
+def _default_workers(corpus: Corpus) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, corpus.num_bytes // _BYTES_PER_WORKER))
 
 
 def _no_progress(stage: str, num_done: int) -> None:
@@ -107,74 +127,11 @@ def _put_in_place(building: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-class _Corpus:
-    """The inputs of a spec, read as often as needed."""
-
-    def __init__(self, spec: JobSpec, progress: Progress) -> None:
-        self.spec = spec
-        self.progress = progress
-        self.train = find_sources("data.train", spec.data.train, spec.data.format)
-        held_out = spec.data.validation
-        self.validation = find_sources("data.validation", held_out, spec.data.format) if held_out else None
-        self.columns = Columns.of(spec)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the contents of the inputs, the tokenizer and the options."""
-        inputs = [[self._checksums(sources)] for sources in (self.train, self.validation or [])]
-        learns = self.spec.data.train_tokenizer is not None
-        tokenizer = "learnt from the inputs" if learns else tokenizer_digest(tokenizer_source(self.spec))
-        return digest_of(["prepared", options_fingerprint(self.spec), inputs, tokenizer])
-
-    def _checksums(self, sources: list[Source]) -> list[str]:
-        digests = []
-        for number, source in enumerate(sources):
-            digests.append(_checksum(source.path))
-            self.progress("reading files", number + 1)
-        return digests
-
-    def records(self, split: str, stage: str) -> Iterator[Record]:
-        """The records of `train` or `validation`, in the order of the files."""
-        data = self.spec.data
-        own = self.validation if split == "validation" and self.validation is not None else self.train
-        records = self._counted(read_records(own, self.columns, data.sample_by), stage)
-        if self.validation is not None or data.validation_fraction == 0:
-            return records
-        pick = filter if split == "validation" else filterfalse
-        return pick(lambda record: is_held_out(record, data.validation_fraction), records)
-
-    def _counted(self, records: Iterator[Record], stage: str) -> Iterator[Record]:
-        number = 0
-        for number, record in enumerate(records, start=1):
-            if number % TOKENIZE_RECORDS == 0:
-                self.progress(stage, number)
-            yield record
-        self.progress(stage, number)
-
-    @property
-    def splits(self) -> list[str]:
-        holds_out = self.validation is not None or self.spec.data.validation_fraction > 0
-        return ["train", "validation"] if holds_out else ["train"]
-
-    def find_labels(self) -> tuple[str, ...]:
-        """The labels of the training files, sorted: as numbers if all are, so that class 10 is not before 2."""
-        records = read_records(self.train, self.columns, self.spec.data.sample_by)
-        labels = {label for record in self._counted(records, "finding labels") for label in record.labels}
-        are_numbers = all(label.removeprefix("-").isdecimal() for label in labels)
-        return tuple(sorted(labels, key=lambda label: (int(label), label) if are_numbers else (0, label)))
-
-
-def _checksum(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except OSError as error:
-        raise DataError(str(path), ABSENT, f"cannot be read ({error.strerror})", "see its permissions") from None
-
-
-def _build(corpus: _Corpus, folder: Path) -> dict[str, Any]:
-    """Write the whole folder and return its index."""
-    labels = _settle_labels(corpus)
-    tokenizer = _make_tokenizer(corpus, folder / "tokenizer")
+def _build(corpus: Corpus, building: Building, num_workers: int | None) -> dict[str, Any]:
+    """Write the whole folder, `data` below the building, and return its index."""
+    corpus.fetch(building)
+    labels = _settle_labels(corpus, building)
+    tokenizer = _make_tokenizer(corpus, building)
     index: dict[str, Any] = {
         "version": INDEX_VERSION,
         "fingerprint": corpus.fingerprint,
@@ -189,22 +146,69 @@ def _build(corpus: _Corpus, folder: Path) -> dict[str, Any]:
         "pad_id": _pad_id(tokenizer),
         "mask_id": tokenizer.mask_token_id,
         "splits": {},
-        "libraries": {name: version(name) for name in ("pyarrow", "sentencepiece", "tokenizers", "transformers")},
+        "libraries": libraries(),
     }
-    for split in corpus.splits:
-        index["splits"][split] = _write(corpus, split, tokenizer, index, folder)
-    write_json(folder / "dataset_dict.json", {"splits": corpus.splits})
-    write_json(folder / INDEX_NAME, index)
+    chunks_folder = building.folder / "chunks"
+    chunks_folder.mkdir(exist_ok=True)
+    setting = Setting(
+        corpus.spec, facts_of(index), chunks_folder, building.folder / "tokenizer", tokenizer_facts(tokenizer)
+    )
+    problems: dict[str, Problems] = {}
+    entries = _encoded(corpus, building, setting, problems, num_workers or _default_workers(corpus))
+    index["skipped"] = {role: found.to_json() for role, found in problems.items() if found.count}
+    _assemble(corpus, building, setting, entries, index)
     return index
 
 
-def _settle_labels(corpus: _Corpus) -> list[str] | None:
+def _encoded(
+    corpus: Corpus, building: Building, setting: Setting, problems: dict[str, Problems], num_workers: int
+) -> list[dict[str, Any]]:
+    """The entries of all chunks in their order; those that a former process finished are not made again."""
+    entries: dict[str, dict[str, Any] | None] = {}
+
+    def missing() -> Iterator[Chunk]:
+        for chunk in corpus.chunks(problems):
+            found = building.found(chunk.name)
+            entries[chunk.name] = found if found and found["origin"] == chunk.origin else None
+            if entries[chunk.name] is None:
+                yield chunk
+
+    for entry in run_over(Encoder, setting, missing(), num_workers):
+        entries[entry["name"]] = building.note(entry["name"], entry)
+    return [entry for entry in entries.values() if entry is not None]
+
+
+def _assemble(
+    corpus: Corpus, building: Building, setting: Setting, entries: list[dict[str, Any]], index: dict[str, Any]
+) -> None:
+    """Chunks -> shards; the index is written last."""
+    folder = building.folder / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copytree(setting.tokenizer_folder, folder / "tokenizer")
+    for split in corpus.splits:
+        corpus.progress(f"writing {split}", 0)
+        parts = [part for entry in entries for part in entry["files"] if part["split"] == split]
+        batches = batches_of((building.folder / part["file"] for part in parts), setting)
+        fingerprint = digest_of([index["fingerprint"], split])
+        entry = write_batches(folder / split, batches, schema_of(setting), fingerprint)
+        num_records = sum(part["num_records"] for part in parts)
+        if entry["num_samples"] == 0:
+            raise _empty(corpus, split, num_records, any(entry["files"] for entry in entries))
+        totals = {key: entry.pop(key) for key in ("num_samples", "num_tokens")}
+        index["splits"][split] = {**totals, "num_records": num_records, **entry}
+    write_json(folder / "dataset_dict.json", {"splits": corpus.splits})
+    write_json(folder / INDEX_NAME, index)
+
+
+def _settle_labels(corpus: Corpus, building: Building) -> list[str] | None:
     """The names of the classes by id; from here on the reader refuses any other."""
     if not belongs("task", "labels", corpus.spec.task.name):
         return None
-    labels = corpus.spec.task.labels or corpus.find_labels()
+    found = building.found("labels")
+    labels = corpus.spec.task.labels or (found["labels"] if found else corpus.find_labels())
     if not labels:
-        raise _empty(corpus, "train", 0)
+        raise _empty(corpus, "train", 0, has_records=False)
     if len(set(labels)) < len(labels):
         raise DataError("task.labels", ", ".join(labels), "names a label twice", "give each class its own name")
     if len(labels) == 1:
@@ -212,11 +216,15 @@ def _settle_labels(corpus: _Corpus) -> list[str] | None:
         raise DataError(
             "data.train", ABSENT, f"holds one label only ({labels[0]}): there is nothing to tell apart", way_out
         )
+    building.note("labels", {"labels": list(labels)})
     corpus.columns = replace(corpus.columns, labels=frozenset(labels))
     return list(labels)
 
 
-def _make_tokenizer(corpus: _Corpus, folder: Path) -> Any:
+def _make_tokenizer(corpus: Corpus, building: Building) -> Any:
+    folder = building.folder / "tokenizer"
+    if building.found("tokenizer"):
+        return load_tokenizer(TokenizerSource("data.train_tokenizer", str(folder)))
     wanted = corpus.spec.data.train_tokenizer
     if wanted is not None:
         from launcher.data.train_pieces import train_sentencepiece
@@ -225,6 +233,7 @@ def _make_tokenizer(corpus: _Corpus, folder: Path) -> Any:
         is_framed = corpus.spec.task.name not in WRITERS
         tokenizer = train_sentencepiece(texts, wanted.kind, wanted.vocab_size, folder, add_cls_sep=is_framed)
         _finish(tokenizer, corpus, folder)
+        building.note("tokenizer", {"files": [building.described(path) for path in sorted(folder.iterdir())]})
         return tokenizer
     source = tokenizer_source(corpus.spec)
     tokenizer = load_tokenizer(source)
@@ -235,18 +244,18 @@ def _make_tokenizer(corpus: _Corpus, folder: Path) -> Any:
     return tokenizer
 
 
-def _finish(tokenizer: Any, corpus: _Corpus, folder: Path) -> None:
+def _finish(tokenizer: Any, corpus: Corpus, folder: Path) -> None:
     """Save it, for conversations with the template that writes them out."""
     if belongs("task", "chat_template", corpus.spec.task.name):
         give_template(tokenizer, corpus.spec.task.chat_template)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer_texts(corpus: _Corpus) -> Iterator[str]:
+def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
     """The training texts, or of much text a share, drawn by record and so the same on every machine."""
-    num_characters = sum(len(record.text) for record in corpus.records("train", "measuring the text"))
+    num_characters = sum(len(record.text) for record in corpus.training_records("measuring the text"))
     share = min(1.0, TOKENIZER_TEXT_CHARACTERS / max(1, num_characters))
-    for record in corpus.records("train", "training the tokenizer"):
+    for record in corpus.training_records("training the tokenizer"):
         if share_of(record, "tokenizer") < share:
             yield record.text
 
@@ -257,31 +266,12 @@ def _pad_id(tokenizer: Any) -> int:
     return int(next(token_id for token_id in known if token_id is not None))
 
 
-def _write(corpus: _Corpus, split: str, tokenizer: Any, index: dict[str, Any], folder: Path) -> dict[str, Any]:
-    num_records = 0
-
-    def counted() -> Iterator[list[Record]]:
-        nonlocal num_records
-        for some in in_lists(corpus.records(split, f"tokenizing {split}"), TOKENIZE_RECORDS):
-            num_records += len(some)
-            yield some
-
-    task = task_of(corpus.spec, facts_of(index))
-    columns = Schema(task.columns, index["vocab_size"], index["labels"])
-    rows = task.rows(counted(), tokenizer)
-    entry = write_split(folder / split, rows, columns, digest_of([index["fingerprint"], split]))
-    if entry["num_samples"] == 0:
-        raise _empty(corpus, split, num_records)
-    return {"num_samples": entry["num_samples"], "num_tokens": entry["num_tokens"], "num_records": num_records, **entry}
-
-
-def _empty(corpus: _Corpus, split: str, num_records: int) -> DataError:
+def _empty(corpus: Corpus, split: str, num_records: int, has_records: bool) -> DataError:
     option = "data.validation" if split == "validation" and corpus.validation is not None else "data.train"
     if num_records > 0:
         way_out = "give longer texts, or a seq_len of 2 or more"
         return DataError(option, ABSENT, f"gives no sample of two tokens from {num_records} records", way_out)
-    first = next(read_records(corpus.train, corpus.columns, corpus.spec.data.sample_by), None)
-    if first is not None and corpus.validation is None:
+    if has_records and corpus.validation is None:
         fraction = corpus.spec.data.validation_fraction
         rule = f"leaves no record for {split}"
         return DataError("data.validation_fraction", fraction, rule, "give more records, or data.validation")

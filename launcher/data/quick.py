@@ -12,8 +12,10 @@ from typing import Any
 
 from launcher.data.words import WordEncoder
 
-_FACTS = ("eos_token_id", "pad_token_id", "unk_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
-_FACTS += ("mask_token_id", "truncation_side", "all_special_ids")
+_FACTS = (
+    *("eos_token_id", "pad_token_id", "unk_token_id", "bos_token_id", "cls_token_id", "sep_token_id"),
+    *("mask_token_id", "truncation_side", "all_special_ids"),
+)
 _OPTIONS = {"add_special_tokens", "truncation", "max_length", "return_attention_mask", "verbose"}
 
 
@@ -86,5 +88,3 @@ class QuickTokenizer:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-
-

@@ -1,40 +1,58 @@
 """Files -> records, one at a time. Whatever is wrong in a file is a DataError that names file, line and column.
 
-Memory holds one record (for parquet, one batch of rows; for `sample_by: document`, one file), never a corpus.
+A bad record does not end its file: its error stands where the record would, and the caller decides. Memory holds one
+record (for parquet and arrow, one batch of rows; for `sample_by: document`, one file), never a corpus.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
-import json
-import re
-import shutil
 import sys
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any
 
 from launcher.data.formats import Columns, check_columns, record_of, required
+from launcher.data.json_rows import json_rows, jsonl_rows
+from launcher.data.lines import Rows, good_lines, good_or_noted, lines
+from launcher.data.opened import opened, seekable
 from launcher.data.sources import Source
-from launcher.data.spans import conll_rows, is_squad, squad_rows
-from launcher.errors import ABSENT, DataError
+from launcher.data.spans import conll_rows
+from launcher.errors import ABSENT, DataError, Interrupted
 from launcher.task import Record
 
 PARQUET_BATCH_ROWS = 1000
 
 
-def read_records(sources: Iterable[Source], columns: Columns, sample_by: str) -> Iterator[Record]:
-    """Every record of every file, in order. `sample_by` (document, paragraph, line) is for text files."""
+def read_records(
+    sources: Iterable[Source], columns: Columns, sample_by: str, report: Callable[[DataError], None] | None = None
+) -> Iterator[Record]:
+    """Every record of every file, in order. `sample_by` (document, paragraph, line) is for text files.
+
+    report: called with each record that will not do, and with a file that cannot be read on; left out, it is raised.
+    """
     for source in sources:
-        if source.format == "text":
-            yield from _read_text(source, columns, sample_by)
-        else:
-            yield from _read_table(source, columns)
+        try:
+            for record in _records(source, columns, sample_by):
+                if isinstance(record, Record):
+                    yield record
+                elif report is None:
+                    raise record
+                else:
+                    report(record)
+        except Interrupted:
+            raise
+        except DataError as error:
+            if report is None:
+                raise
+            report(error)
+
+
+def _records(source: Source, columns: Columns, sample_by: str) -> Iterator[Record | DataError]:
+    if source.format == "text":
+        return _read_text(source, columns, sample_by)
+    return _read_table(source, columns)
 
 
 def in_lists(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -44,49 +62,25 @@ def in_lists(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield some
 
 
-@contextmanager
-def _opened(source: Source) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unzipped."""
-    path = str(source.path)
-    try:
-        with gzip.open(path) if source.is_gzip else source.path.open("rb") as file:
-            yield file  # type: ignore[misc]  # GzipFile reads bytes as any binary file does
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(path, ABSENT, f"is not a whole gzip file ({error})", "copy it again, or unzip it") from None
-    except OSError as error:
-        raise DataError(path, ABSENT, f"cannot be read ({error.strerror or error})", "see its permissions") from None
-
-
-def _lines(source: Source, file: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end), decoded; a byte order mark is dropped."""
-    for number, line in enumerate(file, start=1):
-        yield number, _decoded(source, number, line)
-
-
-def _decoded(source: Source, number: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        rule = f"is not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line)"
-        raise DataError(f"{source.path}:{number}", ABSENT, rule, "save the file as UTF-8") from None
-
-
-def _read_text(source: Source, columns: Columns, sample_by: str) -> Iterator[Record]:
+def _read_text(source: Source, columns: Columns, sample_by: str) -> Iterator[Record | DataError]:
     if required(columns.task) != ("text",):
         rule = f"is a text file, which holds no records of {columns.task}"
         way_out = "give jsonl, csv, tsv or parquet files with its columns, or set data.format"
-        raise DataError(str(source.path), ABSENT, rule, way_out)
-    with _opened(source) as file:
-        for line, text in _pieces(_lines(source, file), sample_by):
-            yield Record(text, None, str(source.path), line)
+        raise DataError(source.name, ABSENT, rule, way_out)
+    with opened(source) as file:
+        for line, text in _pieces(lines(source.name, file), sample_by):
+            yield text if isinstance(text, DataError) else Record(text, None, source.name, line)
 
 
-def _pieces(lines: Iterable[tuple[int, str]], sample_by: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of each document, paragraph or line that is not blank; a document is kept to the byte."""
-    held: list[str] = []
+def _pieces(lines: Iterable[tuple[int, str | DataError]], sample_by: str) -> Iterator[tuple[int, str | DataError]]:
+    """(first line, text) of each document, paragraph or line that is not blank; a document is kept to the byte.
+
+    One with a line that will not do is that line's error.
+    """
+    held: list[str | DataError] = []
     first = 1
     for number, line in lines:
-        is_blank = not line.strip()
+        is_blank = isinstance(line, str) and not line.strip()
         if not held:
             first = number
         if sample_by == "document" or not is_blank:
@@ -97,158 +91,120 @@ def _pieces(lines: Iterable[tuple[int, str]], sample_by: str) -> Iterator[tuple[
     yield from _joined(first, held, sample_by)
 
 
-def _joined(first: int, held: Sequence[str], sample_by: str) -> Iterator[tuple[int, str]]:
-    text = "".join(held)
-    if text.strip():
+def _joined(first: int, held: Sequence[str | DataError], sample_by: str) -> Iterator[tuple[int, str | DataError]]:
+    error = next((line for line in held if isinstance(line, DataError)), None)
+    text = "" if error else "".join(map(str, held))
+    if error:
+        yield first, error
+    elif text.strip():
         yield first, text if sample_by == "document" else text.rstrip("\r\n")
 
 
-def _read_table(source: Source, columns: Columns) -> Iterator[Record]:
-    readers: dict[str, Callable[..., Iterator[tuple[Any, dict[str, Any]]]]]
-    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
+def _read_table(source: Source, columns: Columns) -> Iterator[Record | DataError]:
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows, "arrow": _arrow_rows}
     readers |= {"json": _json_rows, "conll": _conll_rows}
-    with _opened(source) as file:
+    with opened(source) as file:
         for place, row in readers[source.format](source, file, columns):
-            if isinstance(place, int):
-                yield record_of(str(source.path), place, row, columns)
-            else:
-                yield record_of(f"{source.path}: {place}", 0, row, columns)
+            try:
+                yield row if isinstance(row, DataError) else _record(source.name, place, row, columns)
+            except DataError as error:
+                yield error
 
 
-def _conll_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
-    return conll_rows(str(source.path), _lines(source, file), columns)
+def _record(file: str, place: int | str, row: Mapping[str, Any], columns: Columns) -> Record:
+    if isinstance(place, int):
+        return record_of(file, place, row, columns)
+    return record_of(f"{file}: {place}", 0, row, columns)
 
 
-def _json_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int | str, dict[str, Any]]]:
-    """A list of objects, objects line by line, or a file as SQuAD has it. All but lines is read whole."""
-    first = file.readline()
-    file.seek(0)
-    if first.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") and _is_json(first):
-        document = json.loads(first.decode("utf-8-sig"))
-        if not is_squad(document):
-            yield from _jsonl_rows(source, file, columns)
-            return
-    text = "".join(line for _, line in _lines(source, file))
-    if text.lstrip().startswith("["):
-        yield from _elements(source, text)
-        return
-    document = _parsed(source, text)
-    if not is_squad(document):
-        rule = "is neither a list of objects, nor objects line by line, nor questions as SQuAD has them"
-        raise DataError(str(source.path), ABSENT, rule, "write a list, or one object per line")
-    yield from squad_rows(document)
+def _conll_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
+    yield from conll_rows(source.name, good_lines(source.name, file), columns)
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _json_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
+    return json_rows(source.name, file)
 
 
-def _parsed(source: Source, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _not_json(source, error) from None
+def _jsonl_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
+    return jsonl_rows(source.name, file)
 
 
-def _not_json(source: Source, error: Exception, line: int = 0) -> DataError:
-    if isinstance(error, json.JSONDecodeError):
-        line, reason = line or error.lineno, f"{error.msg} at column {error.colno}"
-    else:
-        reason = str(error)
-    where = f"{source.path}:{line}" if line else str(source.path)
-    return DataError(where, ABSENT, f"is not JSON ({reason})", "mend the file")
-
-
-def _elements(source: Source, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a list, each with the line where it begins."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-    at, line, counted = blank.match(text, text.index("[") + 1).end(), 1, 0  # type: ignore[union-attr]
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(source, error) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{source.path}:{line}", row, "is not a JSON object", "write a list of objects")
-        yield line, row
-        at = blank.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith(",", at):
-            at = blank.match(text, at + 1).end()  # type: ignore[union-attr]
-        elif not text.startswith("]", at):
-            line += text.count("\n", counted, at)
-            raise DataError(f"{source.path}:{line}", ABSENT, "is not JSON (the list is not closed)", "mend the file")
-
-
-def _jsonl_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(source, file):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            where = f"{source.path}:{number}"
-            raise DataError(where, ABSENT, f"is not JSON ({reason})", "write one object per line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{source.path}:{number}", row, "is not a JSON object", "write one object per line")
-        yield number, row
-
-
-def _csv_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
     """csv as RFC 4180 has it; tsv as IANA's text/tab-separated-values: no quoting, a quote mark is a character."""
     csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's default of 128 KiB
-    lines = (line for _, line in _lines(source, file))
+    bad: list[DataError] = []
     is_tsv = source.format == "tsv"
     reader = csv.reader(
-        lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+        good_or_noted(source.name, file, bad),
+        delimiter="\t" if is_tsv else ",",
+        quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
     )
     header = list(columns.header or next(reader, []))
     if header:
         otherwise = "name the columns in the first line, or by data.header"
-        check_columns(f"{source.path}:1", columns, required(columns.task), header, otherwise)
+        check_columns(f"{source.name}:1", columns, required(columns.task), header, otherwise)
     first = reader.line_num + 1  # a quoted text may span lines: a row is named by its first
     for fields in reader:
-        if fields and len(fields) != len(header):
+        if bad:
+            yield first, bad[0]
+            bad.clear()
+        elif fields and len(fields) != len(header):
             rule = f"has {len(fields)} fields where the header has {len(header)}"
-            raise DataError(f"{source.path}:{first}", ABSENT, rule, "quote or escape the separator inside a field")
-        if fields:
+            way_out = "quote or escape the separator inside a field"
+            yield first, DataError(f"{source.name}:{first}", ABSENT, rule, way_out)
+        elif fields:
             yield first, dict(zip(header, fields, strict=True))
         first = reader.line_num + 1
 
 
-def _parquet_rows(source: Source, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
+def _parquet_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
     from pyarrow import parquet
 
-    with _seekable(source, file) as seekable:
-        try:
-            table = parquet.ParquetFile(seekable)
-            found = table.schema_arrow.names
-            check_columns(str(source.path), columns, required(columns.task), found, "name them in data.columns")
-            number = 0
-            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns.wanted(found)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except pyarrow.ArrowException as error:
-            reason = str(error).split("\n")[0].rstrip(".")
-            raise DataError(
-                str(source.path), ABSENT, f"is not a whole parquet file ({reason})", "copy it again"
-            ) from None
+    with seekable(source, file) as whole, _told_whole(source, "parquet"):
+        table = parquet.ParquetFile(whole)
+        wanted = _wanted(source, columns, table.schema_arrow.names)
+        yield from _numbered(table.iter_batches(PARQUET_BATCH_ROWS, columns=wanted))
+
+
+def _arrow_rows(source: Source, file: IO[bytes], columns: Columns) -> Rows:
+    """An Arrow IPC file, or an IPC stream as `datasets` writes it."""
+    from pyarrow import ipc
+
+    with seekable(source, file) as whole, _told_whole(source, "arrow"):
+        is_file = whole.read(6) == b"ARROW1"
+        whole.seek(0)
+        with (ipc.open_file if is_file else ipc.open_stream)(whole) as table:
+            wanted = _wanted(source, columns, table.schema.names)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else iter(table)
+            yield from _numbered(
+                piece
+                for batch in batches
+                for start in range(0, batch.num_rows, PARQUET_BATCH_ROWS)
+                for piece in [batch.select(wanted).slice(start, PARQUET_BATCH_ROWS)]
+            )
+
+
+def _wanted(source: Source, columns: Columns, found: Sequence[str]) -> list[str]:
+    check_columns(source.name, columns, required(columns.task), found, "name them in data.columns")
+    return columns.wanted(found)
+
+
+def _numbered(batches: Iterable[Any]) -> Rows:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
 @contextmanager
-def _seekable(source: Source, file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end, and gzip only from its start: unzip to a temporary file, not to memory."""
-    if not source.is_gzip:
-        yield file
-        return
-    with tempfile.TemporaryFile() as unzipped:
-        shutil.copyfileobj(file, unzipped)
-        unzipped.seek(0)
-        yield unzipped
+def _told_whole(source: Source, form: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise DataError(source.name, ABSENT, f"is not a whole {form} file ({reason})", "copy it again") from None

@@ -6,8 +6,9 @@ Memory holds one record batch of rows. The same rows give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ class Schema:
 
 def write_split(folder: Path, rows: Iterable[Row], schema: Schema, fingerprint: str) -> dict[str, Any]:
     """Write every row; returns the split's entry of the index: samples, tokens, shards with sizes and checksums."""
+    return write_batches(folder, record_batches(rows, schema), schema, fingerprint)
+
+
+def write_batches(folder: Path, batches: Iterable[Any], schema: Schema, fingerprint: str) -> dict[str, Any]:
+    """`write_split` of rows that are Arrow record batches already."""
     writer = _ShardWriter(folder, schema)
-    for row in rows:
-        writer.add(row)
+    for batch in batches:
+        writer.add(batch)
     shards = writer.close()
     state: dict[str, Any] = {
         "_data_files": [{"filename": shard["file"]} for shard in shards],
@@ -103,42 +109,45 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class _ShardWriter:
-    """Rows -> record batches -> shards. The number of shards is in their names, so they are named at the end."""
+def record_batches(rows: Iterable[Row], schema: Schema) -> Iterator[Any]:
+    """The rows as Arrow record batches of `BATCH_ROWS`, the last with what is left."""
+    rows, arrow = iter(rows), schema.arrow()
+    while some := list(islice(rows, BATCH_ROWS)):
+        yield _record_batch(some, schema, arrow)
 
-    def __init__(self, folder: Path, columns: Schema) -> None:
+
+def num_tokens(batch: Any) -> int:
+    offsets = batch.column("input_ids").offsets
+    return int(offsets[-1].as_py() - offsets[0].as_py())
+
+
+class _ShardWriter:
+    """Record batches -> shards. The number of shards is in their names, so they are named at the end."""
+
+    def __init__(self, folder: Path, schema: Schema) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._columns, self._schema = folder, columns, columns.arrow()
-        self._token_bytes = np.dtype(columns.dtype("input_ids")).itemsize
-        self._rows: list[Row] = []
+        self._folder, self._schema = folder, schema.arrow()
+        self._token_bytes = np.dtype(schema.dtype("input_ids")).itemsize
         self._shards: list[dict[str, Any]] = []
         self._stream: Any = None
 
-    def add(self, row: Row) -> None:
-        self._rows.append(row)
-        if len(self._rows) == BATCH_ROWS:
-            self._flush()
-
-    def close(self) -> list[dict[str, Any]]:
-        """Finish, name and check-sum the shards."""
-        if self._rows:
-            self._flush()
-        self._end_shard()
-        return [self._named(number, shard) for number, shard in enumerate(self._shards)]
-
-    def _flush(self) -> None:
+    def add(self, batch: Any) -> None:
         import pyarrow
 
         if self._stream is None:
             self._shards.append({"num_samples": 0, "num_tokens": 0})
             self._stream = pyarrow.ipc.new_stream(str(self._unnamed(len(self._shards) - 1)), self._schema)
-        self._stream.write_batch(_record_batch(self._rows, self._columns, self._schema))
+        self._stream.write_batch(batch)
         shard = self._shards[-1]
-        shard["num_samples"] += len(self._rows)
-        shard["num_tokens"] += sum(len(row["input_ids"]) for row in self._rows)
-        self._rows = []
+        shard["num_samples"] += batch.num_rows
+        shard["num_tokens"] += num_tokens(batch)
         if shard["num_tokens"] * self._token_bytes >= SHARD_BYTES:
             self._end_shard()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish, name and check-sum the shards."""
+        self._end_shard()
+        return [self._named(number, shard) for number, shard in enumerate(self._shards)]
 
     def _end_shard(self) -> None:
         if self._stream is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.data import remote
 from launcher.errors import ABSENT, DataError
 
 _TEXT = (
@@ -22,7 +25,10 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,15 @@ class Source:
     """One file to read. `path` is as the user may recognise it: relative where the spec is."""
 
     path: Path
+    """Where it lies; of a remote file, where its copy lies once it was fetched."""
     format: str
-    is_gzip: bool
+    compression: str | None = None
+    url: str | None = None
+    """Of a remote file."""
+
+    @property
+    def name(self) -> str:
+        return self.url or str(self.path)
 
 
 def find_sources(option: str, patterns: str | tuple[str, ...], data_format: str | None) -> list[Source]:
@@ -39,23 +52,34 @@ def find_sources(option: str, patterns: str | tuple[str, ...], data_format: str 
 
     DataError for a file that does not exist, a pattern or folder with nothing in it, and a suffix that tells no form.
     """
-    paths: dict[Path, None] = {}
+    sources: dict[str, Source] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        paths.update(dict.fromkeys(_expand(option, pattern)))
-    return [_source(path, data_format) for path in paths]
+        for source in _expand(option, pattern, data_format):
+            sources.setdefault(source.name, source)
+    return list(sources.values())
 
 
-def _expand(option: str, pattern: str) -> list[Path]:
+def _expand(option: str, pattern: str, data_format: str | None) -> list[Source]:
+    if remote.is_remote(pattern):
+        return [_source(Path(url), data_format, url) for url in remote.expand(option, pattern)]
     path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
     if path.is_dir():
-        return _files_below(path) or _nothing(option, pattern, "is a folder without files")
-    if not glob.has_magic(pattern):
-        return _nothing(option, pattern, "does not exist")
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    files = [file for match in found for file in (_files_below(match) if match.is_dir() else [match])]
-    return files or _nothing(option, pattern, "matches no file")
+        saved = _saved_dataset(option, path)
+        if saved is not None:
+            return [Source(file, "arrow") for file in saved]
+        return [
+            _source(file, data_format)
+            for file in _files_below(path) or _nothing(option, pattern, "is a folder without files")
+        ]
+    if path.is_file():
+        return [_source(path, data_format)]
+    if glob.has_magic(pattern):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [file for match in found for file in (_files_below(match) if match.is_dir() else [match])]
+        return [_source(file, data_format) for file in files or _nothing(option, pattern, "matches no file")]
+    if _HUB_ID.fullmatch(pattern) and not path.suffix and not path.parent.exists():
+        return [Source(file, "arrow") for file in remote.hub_dataset(option, pattern)]
+    return [_source(file, data_format) for file in _nothing(option, pattern, "does not exist")]
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -67,16 +91,34 @@ def _files_below(folder: Path) -> list[Path]:
     )
 
 
+def _saved_dataset(option: str, folder: Path) -> list[Path] | None:
+    """The Arrow files of what `datasets.save_to_disk` left here, in its order; None if this is no such folder."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        wanted = ("validation", "test") if option == "data.validation" else ("train",)
+        split = next((name for name in wanted if name in splits), None)
+        if split is None:
+            rule = f"is a dataset with the splits {', '.join(splits)}, none of them {' or '.join(wanted)}"
+            raise DataError(option, str(folder), rule, "name the folder of one split")
+        folder /= split
+    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / file["filename"] for file in state["_data_files"]]
+
+
 def _nothing(option: str, pattern: str, rule: str) -> list[Path]:
     way_out = "give files, folders or globs; a relative path starts in the folder where fleetune is run"
     raise DataError(option, pattern, rule, way_out)
 
 
-def _source(path: Path, data_format: str | None) -> Source:
+def _source(path: Path, data_format: str | None, url: str | None = None) -> Source:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_gzip = suffixes[-1:] == [".gz"]
-    told = _FORMATS.get(suffixes[-2 if is_gzip else -1] if len(suffixes) > is_gzip else "")
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    told = _FORMATS.get(suffixes[-2 if compression else -1] if len(suffixes) > bool(compression) else "")
     if data_format is None and told is None:
-        way_out = "set data.format (text, jsonl, json, csv, tsv, parquet or conll), or name only the files to read"
-        raise DataError(str(path), ABSENT, "has a suffix that does not tell its form", way_out)
-    return Source(path, data_format or str(told), is_gzip)
+        way_out = (
+            "set data.format (text, jsonl, json, csv, tsv, parquet, arrow or conll), or name only the files to read"
+        )
+        raise DataError(url or str(path), ABSENT, "has a suffix that does not tell its form", way_out)
+    return Source(path, data_format or str(told), compression, url)

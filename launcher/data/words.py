@@ -113,7 +113,7 @@ def _is_local_token(token: dict[str, Any]) -> bool:
 def _is_local_normalizer(step: dict[str, Any]) -> bool:
     if step["type"] == "Replace":
         return step["pattern"] == {"String": " "} and step["content"] == _SPACE
-    return step["type"] == "Prepend" and step["prepend"] == _SPACE or step["type"] in _NORMALIZERS
+    return (step["type"] == "Prepend" and step["prepend"] == _SPACE) or step["type"] in _NORMALIZERS
 
 
 def _cuts_at_spaces(definition: dict[str, Any]) -> bool:

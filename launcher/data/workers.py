@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, Any
 
@@ -24,19 +24,19 @@ _ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OM
 
 _SIZE_BYTES = 8
 
-Work = Callable[[Any, Any], Any]
-"""`work(setting, item)`: a function of a module, so that a worker can import it."""
+MakeWork = Callable[[Any], Callable[[Any], Any]]
+"""`make_work(setting)` is what is done to an item; a function or class of a module, so that a worker can import it."""
 
 
-def run_over(work: Work, setting: Any, items: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """`work(setting, item)` of each item, in no order. With one worker, here; memory holds two items per worker.
+def run_over(make_work: MakeWork, setting: Any, items: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """`make_work(setting)(item)` of each item, in no order. With one worker, here; memory holds an item per worker.
 
     An error of the work or of `items` is raised here as it was there.
     """
     if num_workers == 1:
-        yield from (work(setting, item) for item in items)
+        yield from map(make_work(setting), items)
         return
-    with _started(work, setting, num_workers) as workers:
+    with _started(make_work, setting, num_workers) as workers:
         yield from _answers(workers, items)
 
 
@@ -79,11 +79,11 @@ def _until_done(answers: SimpleQueue[tuple[str, Any]], num_threads: int) -> Iter
 
 
 @contextmanager
-def _started(work: Work, setting: Any, num_workers: int) -> Iterator[list[_Worker]]:
+def _started(make_work: MakeWork, setting: Any, num_workers: int) -> Iterator[list[_Worker]]:
     workers = [_Worker() for _ in range(num_workers)]
     try:
         for worker in workers:
-            worker.send((work, setting))
+            worker.send((make_work, setting))
         yield workers
     finally:
         for worker in workers:
@@ -147,15 +147,16 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    told = _read(sys.stdin.buffer)
+    told, work = _read(sys.stdin.buffer), None
     while told is not None and (item := _read(sys.stdin.buffer)) is not None:
-        work, setting = told
         try:
-            answer = ("answer", work(setting, item))
+            work = work or told[0](told[1])
+            answer = ("answer", work(item))
         except Exception as error:  # noqa: BLE001  raised again in the parent
             answer = ("error", error)
         _write(answers, answer)
 
 
 if __name__ == "__main__":
-    _serve()
+    with suppress(BrokenPipeError):  # the parent was killed while we worked
+        _serve()

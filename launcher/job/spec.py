@@ -144,13 +144,15 @@ class MixtureSource(Section):
 
 class DataSection(Section):
     train: Texts | Text
-    """Files, folders or globs: text, jsonl, json, csv, tsv, parquet or conll (also .gz)."""
+    """Files, folders or globs: text, jsonl, json, csv, tsv, parquet, arrow or conll (also .gz, .zst); URLs of such (http, s3, gs); a folder of `datasets.save_to_disk`; a data set's hub id."""
     validation: Texts | Text | None = None
     """Held-out files of the same form; left out, `validation_fraction` of the training records is held out."""
     validation_fraction: Fraction = 0.05
     """Share of records held out when `validation` is not given, chosen by a hash of each record."""
-    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "conll"] | None = None
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "conll"] | None = None
     """Form of the files; left out, told by their suffix."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a bad record does: `fail` stops and tells which and how many; `skip` leaves it out, counts and lists it."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """Text files only: what one record is (a paragraph ends at an empty line)."""
     columns: dict[Text, Text] = {}

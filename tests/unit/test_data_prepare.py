@@ -314,7 +314,7 @@ def test_no_split_was_held_out() -> None:
 
 CORPORA = {
     "nothing": (
-        "",
+        "\n",
         {"train_tokenizer": None, "tokenizer": "tok"},
         "data.train: holds no record; give files with text in them",
     ),
@@ -361,7 +361,7 @@ def test_a_corpus_that_gives_nothing(name: str) -> None:
     ],
 )
 def test_labels_that_will_not_do(labels: list[str] | None, message: str) -> None:
-    Path("few.jsonl").write_text("" if "no record" in message else '{"text": "only one", "label": "a"}\n')
+    Path("few.jsonl").write_text("\n" if "no record" in message else '{"text": "only one", "label": "a"}\n')
     task = {"name": "sequence_classification", "labels": labels}
     assert error_of(lambda: prepare(spec_of(task=task, data={"train": "few.jsonl"}))) == message
 
@@ -411,6 +411,7 @@ def test_progress_is_told() -> None:
         "measuring the text",
         "training the tokenizer",
         "tokenizing train",
-        "tokenizing validation",
+        "writing train",
+        "writing validation",
     ]
-    assert told[-1] == ("tokenizing validation", 2500)
+    assert told[-3] == ("tokenizing train", 2500)

@@ -134,7 +134,7 @@ BAD = {
     "unknown suffix": (
         ("a.xyz", b"x", TEXT_ONLY),
         "a.xyz: has a suffix that does not tell its form; "
-        "set data.format (text, jsonl, json, csv, tsv, parquet or conll), or name only the files to read",
+        "set data.format (text, jsonl, json, csv, tsv, parquet, arrow or conll), or name only the files to read",
     ),
     "text without labels": (
         ("a.txt", b"x", LABELLED),

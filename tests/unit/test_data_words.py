@@ -33,14 +33,14 @@ TRICKY = [
     "it's 'tis we'll  I'M",
     "x<|endoftext|>y <|endoftext|> z</s> <s>a [SEP] [MASK]b",
     "1234567 3.14 a1b2  12 34",
-    "naïve café – “quoted” … e\u0301 e \u0301x ﬁ ½",
+    "naïve café “quoted” … e\u0301 e \u0301x ﬁ ½",
     "中文 字符 abc 中 a b",
     "tab\there \x1c x\x85y \u3000z\u200b w\u00a0v",
     "▁a ▁ b▁c ▁▁",
     "ΑΣ Σ a ΣΑΣ b",
     "🙂 a 🙂🙂 b\u200d🙂 c",
 ]
-ALPHABET = st.sampled_from(list("ab ,.'\n\t1é中▁\u0301\u00a0ΣA<>|/s") + ["  ", " the", "<s>", "</s>", "<|endoftext|>"])
+ALPHABET = st.sampled_from([*list("ab ,.'\n\t1é中▁\u0301\u00a0ΣA<>|/s"), "  ", " the", "<s>", "</s>", "<|endoftext|>"])
 
 
 @cache
@@ -76,11 +76,11 @@ def test_real_tokenizers(name: str, splits: bool) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_any_text(name: str, parts: list[str]) -> None:
     text = "".join(parts)
-    assert WORDS(name)([text]) == ids_of(backend(name), [text])
+    assert encoder_of(name)([text]) == ids_of(backend(name), [text])
 
 
 @cache
-def WORDS(name: str) -> WordEncoder:  # noqa: N802 - one encoder for all examples, so that it remembers
+def encoder_of(name: str) -> WordEncoder:
     return WordEncoder(backend(name))
 
 
