@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "launcher.checksum": set(),
     "launcher.job": {"launcher.errors", "launcher.units"},
     "launcher.task": {"launcher.job", "launcher.errors"},
-    "launcher.data": {"launcher.task", "launcher.checksum", "launcher.job", "launcher.errors"},
+    "launcher.data": {"launcher.spawn", "launcher.task", "launcher.checksum", "launcher.job", "launcher.errors"},
     "launcher.cost": {"launcher.cost.values"},
     "launcher.cost.values": {"launcher.errors", "launcher.units"},
     "launcher.cost.cache": {"launcher.cost.values", "launcher.job", "launcher.spawn", "launcher.errors"},
