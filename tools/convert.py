@@ -28,12 +28,15 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
 from launcher.errors import ABSENT, EXIT_DONE, EXIT_OURS, CheckpointError, UserError
+from launcher.train.manifest import read_saved
+from tools.adapter import OPENERS, MergedSource, has_adapter, read_adapted, write_adapter
 from tools.formats.dcp import DcpSource
 from tools.formats.expected import Expected, check_tied, choose, expected_tensors
 from tools.formats.hf import (
     DTYPE_NAMES,
     HfSink,
     Shard,
+    copy_side_files,
     fsync_folder,
     plan_shards,
     read_config,
@@ -61,11 +64,12 @@ class ConvertResult:
     """Of values, in all shards."""
     num_files: int
     """Shards."""
+    library: str = "transformers"
+    """That has the class `architecture`."""
 
     def sentence(self) -> str:
-        opener = (
-            f"import transformers; m = transformers.{self.architecture}.from_pretrained({json.dumps(str(self.folder))})"
-        )
+        opened = f"{self.library}.{self.architecture}.from_pretrained({json.dumps(str(self.folder))})"
+        opener = f"import {self.library}; m = {opened}"
         size = f"{self.num_tensors} tensors, {self.num_bytes} bytes, {self.num_files} file(s)"
         return f"wrote {self.folder}: {size}; open it: python -c {shlex.quote(opener)}"
 
@@ -77,12 +81,15 @@ def convert(
     dtype: str | None = None,
     shard_size_bytes: int = DEFAULT_SHARD_BYTES,
     config_dir: str | Path | None = None,
+    merge: bool = False,
+    base_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """`source` (`zero:DIR`, `dcp:DIR` or a recognisable `DIR`) to `target` (`hf:OUT`).
 
-    `dtype` (fp32, bf16, fp16) casts floating tensors; None keeps them as stored. Raises CheckpointError for whatever
-    is wrong with the input; OUT then does not exist.
+    `dtype` (fp32, bf16, fp16) casts floating tensors; None keeps them as stored. A run with adapters becomes a PEFT
+    folder, or with `merge` the whole model, for which `base_dir` says where the base weights lie now.
+    Raises CheckpointError for whatever is wrong with the input; OUT then does not exist.
     """
     report = progress or _silent
     kind, path = _split(source, get_args(Kind))
@@ -90,7 +97,13 @@ def convert(
     _check_options(dtype, shard_size_bytes)
     _check_target(out)
     checkpoint = locate(Path(path), cast(Kind | None, kind))
-    plan = _plan(checkpoint, Path(config_dir) if config_dir else None, dtype, shard_size_bytes, report)
+    configs = _config_dir(checkpoint, Path(config_dir) if config_dir else None)
+    if merge and not has_adapter(configs):
+        raise CheckpointError("--merge", ABSENT, f"{path} holds no adapters", "leave it out")
+    opened = Opened(checkpoint, configs, _open_source(checkpoint, report), _base(checkpoint, base_dir))
+    if has_adapter(configs) and not merge:
+        return _write_adapter(opened, out, dtype)
+    plan = _plan(opened, dtype, shard_size_bytes)
     with _appearing(out, plan.num_bytes) as folder:
         _write(plan, folder, report)
     return ConvertResult(out, plan.expected.architecture, len(plan.chosen), plan.num_bytes, len(plan.shards))
@@ -125,20 +138,60 @@ class Plan:
         return sizes.most_common(1)[0][0]
 
 
-def _plan(
-    checkpoint: Checkpoint, config_dir: Path | None, dtype: str | None, shard_bytes: int, report: Progress
-) -> Plan:
-    """Opens and checks the checkpoint. Our own are vouched for by a manifest, others by the CRC-32 of each record."""
-    configs = _config_dir(checkpoint, config_dir)
-    config = read_config(configs)
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that was found whole."""
+
+    checkpoint: Checkpoint
+    configs: Path
+    source: TensorSource
+    base: dict[str, Any] | None
+    """Reference to the frozen weights that the checkpoint does not hold."""
+
+    @property
+    def where(self) -> str:
+        return str(self.checkpoint.folder)
+
+
+def _open_source(checkpoint: Checkpoint, report: Progress) -> TensorSource:
+    """Checked as well. Our own are vouched for by a manifest, others by the CRC-32 of each record."""
     if checkpoint.step_dir is not None:
         verify(checkpoint, report)
     source: TensorSource = ZeroSource(checkpoint.folder) if checkpoint.kind == "zero" else DcpSource(checkpoint.folder)
     if checkpoint.step_dir is None:
         _check_records(source, report)
+    return source
+
+
+def _base(checkpoint: Checkpoint, given: str | Path | None) -> dict[str, Any] | None:
+    base = read_saved(checkpoint.step_dir).manifest.base if checkpoint.step_dir is not None else None
+    if base is None and given is not None:
+        raise CheckpointError("--base", str(given), "is not needed: the checkpoint holds every weight", "leave it out")
+    return {**base, "folder": str(given)} if base and given else base
+
+
+def _write_adapter(opened: Opened, out: Path, dtype: str | None) -> ConvertResult:
+    """A PEFT folder: the adapters, and the tokenizer beside them."""
+    if opened.base is None:
+        rule = "holds adapters of a base model that exists only in this checkpoint"
+        raise CheckpointError(opened.where, ABSENT, rule, "write the merged model: --merge")
+    adapted = read_adapted(opened.source, opened.configs, opened.where)
+    num_bytes = sum(tensor.numel() * 4 for tensor in adapted.tensors.values())
+    with _appearing(out, num_bytes) as folder:
+        written, num_bytes = write_adapter(adapted, opened.base, folder, DTYPES[dtype] if dtype else None)
+        copy_side_files(opened.configs, folder)
+    task = str(adapted.model.peft_config["default"].task_type)
+    return ConvertResult(out, OPENERS.get(task, "AutoPeftModel"), written, num_bytes, 1, library="peft")
+
+
+def _plan(opened: Opened, dtype: str | None, shard_bytes: int) -> Plan:
+    configs, source, where = opened.configs, opened.source, opened.where
+    config = read_config(configs)
+    if has_adapter(configs):
+        source = MergedSource(source, configs, opened.base, where)
     expected = expected_tensors(configs, config)
-    chosen = choose(source.tensors, source.aliases, expected, str(checkpoint.folder))
-    check_tied(source, chosen, expected, str(checkpoint.folder))
+    chosen = choose(source.tensors, source.aliases, expected, where)
+    check_tied(source, chosen, expected, where)
     entries = {name: _written_as(source.tensors[kept], dtype, name) for name, kept in chosen.items()}
     return Plan(source, chosen, plan_shards(entries, shard_bytes), expected, configs, config)
 
@@ -260,6 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shard-size", default="5GB", help="largest size of one weights file (default: %(default)s)")
     parser.add_argument("--config", metavar="DIR", help="folder with config.json and tokenizer, if the source has none")
+    parser.add_argument("--merge", action="store_true", help="adapters: write the model with them merged into it")
+    parser.add_argument("--base", metavar="DIR", help="adapters: folder of the base model, where it has moved")
     return parser
 
 
@@ -282,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 shard_size_bytes=parse_size(options.shard_size),
                 config_dir=options.config,
+                merge=options.merge,
+                base_dir=options.base,
                 progress=show,
             )
     except UserError as error:

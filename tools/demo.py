@@ -160,7 +160,7 @@ def save_untrained(spec: JobSpec, task: Task, data: PreparedData, folder: Path) 
     from launcher.train.model import build_model
 
     with quiet_libraries():
-        build_model(spec, task, data).save_pretrained(folder)
+        build_model(spec, task, data).model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
 
 

@@ -48,7 +48,7 @@ def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str
     if dry_run:
         typer.echo(explain(made))
         for name, text in emitted(spec, made).items():
-            if name != "plan.json":  # said above, and complete with `fleetune plan --json`
+            if name not in ("plan.json", "accelerate.yaml"):  # said above; not what is run here
                 typer.echo(f"\n# {name}\n{text}")
         typer.echo(f"\n# command\n{command}")
         return

@@ -42,7 +42,7 @@ def plan(
     if sweep or plot:
         return _swept(spec_path, overrides, sweep, plot, as_json, emit)
     spec, made = made_plan(spec_path, overrides)
-    files = emitted(spec, made)  # also where nothing is written: a preset that is wrong is said before a run
+    files = emitted(spec, made, emit)  # also where nothing is written: a preset that is wrong is said before a run
     if via is Via.slurm:
         files["job.sbatch"] = batch_script(spec, made, spec_path, overrides)
     if emit is not None:
@@ -104,16 +104,20 @@ def _swept(
         typer.echo(f"wrote {plot}", err=True)
 
 
-def emitted(spec: JobSpec, made: Plan) -> dict[str, str]:
-    """Every generated file by name."""
-    from launcher.emit import deepspeed_config, fsdp_settings, load_preset
+def emitted(spec: JobSpec, made: Plan, folder: Path | None = None) -> dict[str, str]:
+    """Every generated file by name; those that name another say where it is in `folder`."""
+    from launcher.emit import accelerate_config, deepspeed_config, fsdp_settings, load_preset
+    from launcher.emit.fsdp import STRATEGIES
 
     files = {"plan.json": json.dumps(made.to_json(), indent=2) + "\n"}
     if made.engine == "deepspeed":
         config = deepspeed_config(made, spec, load_preset(spec, made.chosen.layout))
         files["deepspeed.json"] = json.dumps(config, indent=2) + "\n"
-    elif made.chosen.strategy == "fsdp":
+    elif made.chosen.strategy in STRATEGIES:
         files["fsdp.json"] = json.dumps(fsdp_settings(made), indent=2) + "\n"
+    accelerate = accelerate_config(made, str((folder or Path()).absolute() / "deepspeed.json"))
+    if accelerate is not None:
+        files["accelerate.yaml"] = accelerate
     return files
 
 

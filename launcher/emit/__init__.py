@@ -1,5 +1,6 @@
 """WHAT OTHERS READ: Plan -> DeepSpeed JSON, FSDP settings, argv, sbatch text. Pure: nothing is written or started here."""
 
+from launcher.emit.accelerate import accelerate_config
 from launcher.emit.argv import Launch, Via, launch_command
 from launcher.emit.deepspeed_json import deepspeed_config, load_preset
 from launcher.emit.fsdp import fsdp_settings
@@ -10,6 +11,7 @@ __all__ = [
     "BatchJob",
     "Launch",
     "Via",
+    "accelerate_config",
     "check_runnable",
     "deepspeed_config",
     "fsdp_settings",

@@ -21,7 +21,3 @@ def check_runnable(spec: JobSpec) -> None:
             raise SpecError(
                 f"parallel.{key}", value, "is planned, but no engine runs it yet", "leave it to the planner"
             )
-    method = spec.method
-    frozen = method.freeze_embeddings or method.freeze_blocks or method.freeze
-    if method.name != "full" or frozen:
-        raise SpecError("method", method.name, "is planned, but no engine runs it yet", "leave `method` out")

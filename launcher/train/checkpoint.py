@@ -38,7 +38,7 @@ def save_checkpoint(root: Path, engine: Engine, manifest: Manifest, hf_files: Pa
     final = root / f"step-{manifest.step:08d}"
     partial = final.with_suffix(".tmp")
     decide_on_first(lambda: _fresh_folder(partial))
-    engine.save(partial)
+    engine.save(partial, with_frozen=manifest.base is None)
     _save_rng(partial)
     decide_on_first(lambda: _copy_hf(hf_files, partial))
     files = _checksums(partial)
@@ -169,4 +169,4 @@ def load_rng(saved: Saved) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    return {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}

@@ -36,10 +36,10 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """Logits without dropout or gradient."""
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimiser into `folder`, all ranks together."""
+    def save(self, folder: Path, with_frozen: bool = True) -> None:
+        """Write model and optimiser into `folder`, all ranks together; without frozen parameters where asked."""
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, with_frozen: bool = True) -> None:
         """Read what `save` wrote, all ranks together."""
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from launcher.plan.values import Plan
 from launcher.task import Batch, Row, Task, task_of
 from launcher.task.packed import collate_packed
 from launcher.train.agree import decide_on_first
+from launcher.train.base import ADAPTER, base_reference, check_same_base
 from launcher.train.checkpoint import (
     check_same_layout,
     library_versions,
@@ -64,6 +65,8 @@ class Run:
     num_steps: int
     stop: StopFlag
     hf_files: Path
+    base: dict[str, Any] | None
+    """Reference to the frozen weights that checkpoints leave out."""
 
     @property
     def checkpoints(self) -> Path:
@@ -139,7 +142,8 @@ def _set_up(
     stop: StopFlag,
 ) -> Run:
     task = task_of(spec, data.facts(spec.task))
-    model = build_model(spec, task, data)
+    model, frozen_from_base = build_model(spec, task, data)
+    base = base_reference(str(spec.model.path)) if frozen_from_base else None
     if plan.chosen.layout.recompute == "full":
         enable_recompute(model)
     hf_files = Path(spec.output_dir) / "hf"
@@ -147,7 +151,7 @@ def _set_up(
     num_steps = _num_steps(spec, training)
     engine = make_engine(plan, spec, model, task, device)
     torch.manual_seed(spec.seed + 1 + world.rank)  # dropout: another stream on every rank
-    return Run(spec, plan, world, device, task, data, training, model, engine, num_steps, stop, hf_files)
+    return Run(spec, plan, world, device, task, data, training, model, engine, num_steps, stop, hf_files, base)
 
 
 def _num_steps(spec: JobSpec, training: TrainingData) -> int:
@@ -160,11 +164,13 @@ def _num_steps(spec: JobSpec, training: TrainingData) -> int:
 
 
 def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
-    """Config and tokenizer of the trained model: with the weights, all that inference needs."""
+    """Config and tokenizer of the trained model, and of its adapters: with the weights, all that inference needs."""
     from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.save_pretrained(folder / ADAPTER)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False)
@@ -176,7 +182,8 @@ def _write_hf_files(model: Any, data: PreparedData, folder: Path) -> None:
 
 def _restore(run: Run, saved: Saved) -> Position:
     verify_checksums(saved)
-    run.engine.load(saved.folder)
+    check_same_base(saved.manifest.base, run.base, str(saved.folder))
+    run.engine.load(saved.folder, with_frozen=saved.manifest.base is None)
     load_rng(saved)
     return Position(saved.manifest.step, run.training.cursor.position)
 
@@ -334,6 +341,7 @@ def _save(run: Run, at: Position) -> None:
         spec=json.loads(spec.model_dump_json()),
         versions=library_versions(),
         files={},
+        base=run.base,
     )
     folder = save_checkpoint(run.checkpoints, run.engine, manifest, run.hf_files, spec.checkpoint.keep_last)
     LOG.info("saved %s", folder)

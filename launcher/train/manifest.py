@@ -31,6 +31,8 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """Relative path -> `size` in bytes and `blake2b`."""
+    base: dict[str, Any] | None = None
+    """Where the frozen weights lie that this checkpoint does not hold: `path`, `folder`, `files` with checksums."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from launcher.cost.architecture import head_class, model_config
+from launcher.cost.trainable import apply_method, new_head
 from launcher.data.prepared import PreparedData
 from launcher.errors import ModelError
 from launcher.job.spec import JobSpec
@@ -16,23 +17,40 @@ from launcher.task import Task
 from launcher.train.report import LOG
 
 
-def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Any:
-    """A transformers model in training mode. Raises `ModelError` when it does not fit the prepared data."""
+class Built(NamedTuple):
+    model: Any
+    frozen_from_base: bool
+    """Adapters, and all that is frozen beside them was read from `model.path`: a checkpoint need not hold it."""
+
+
+def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Built:
+    """A transformers model in training mode, a `PeftModel` around it for lora; `requires_grad` as `method` says.
+
+    Raises `ModelError` when it does not fit the prepared data, `SpecError` when `method` does not fit it.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config = model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
-    if spec.model.path is None:
-        torch.manual_seed(spec.seed)
-        model = head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
-    else:
-        torch.manual_seed(spec.seed)  # a head that the weights do not have is drawn
-        model, loaded = head_class(task.auto_class).from_pretrained(
-            spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-        _say_missing(loaded["missing_keys"])
+    torch.manual_seed(spec.seed)
+    model, drawn = _opened(spec, task, data)
     _check_vocabulary(model, data)
     model.config.architectures = [type(model).__name__]
-    return model.train()
+    heads = tuple(f"{head}." for head in new_head(model))
+    adapted = apply_method(model, spec.method).train()
+    lost = {name for name in drawn if not name.startswith(heads)}  # frozen and drawn; heads are trained, and so saved
+    return Built(adapted, spec.method.name == "lora" and spec.model.path is not None and not lost)
+
+
+def _opened(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str]]:
+    """The model, and the names of the parameters that its weights did not have: drawn at random, such as a new head."""
+    config = model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
+    kind = head_class(task.auto_class)
+    if spec.model.path is None:
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
+    model, loaded = kind.from_pretrained(
+        spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    _say_missing(loaded["missing_keys"])
+    return model, set(loaded["missing_keys"])
 
 
 def _say_missing(names: Iterable[str]) -> None:
@@ -60,6 +78,9 @@ def _check_vocabulary(model: Any, data: PreparedData) -> None:
 
 
 def enable_recompute(model: Any) -> None:
-    """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports)."""
+    """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports).
+
+    It needs no gradient at a block's input, so frozen embeddings ask for nothing more.
+    """
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

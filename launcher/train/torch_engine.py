@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -73,18 +73,25 @@ class TorchEngine:
         self._model.train()
         return logits
 
-    def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=str(folder / self.folder_name))
+    def save(self, folder: Path, with_frozen: bool = True) -> None:
+        dcp.save(self._state(with_frozen), checkpoint_id=str(folder / self.folder_name))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, with_frozen: bool = True) -> None:
         """Into this world's sharding, whatever the one that saved: DCP reshards."""
-        state = self._state()
+        state = self._state(with_frozen)
         dcp.load(state, checkpoint_id=str(folder / self.folder_name))
-        set_state_dict(self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        set_state_dict(
+            self._model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+            options=StateDictOptions(strict=with_frozen),
+        )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, with_frozen: bool) -> dict[str, Any]:
         """By parameter name, so that it can be read under another sharding."""
-        model, optim = get_state_dict(self._model, self._optimizer)
+        options = StateDictOptions(ignore_frozen_params=not with_frozen)
+        model, optim = get_state_dict(self._model, self._optimizer, options=options)
         return {"model": model, "optim": optim}
 
     def close(self) -> None:

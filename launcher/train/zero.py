@@ -76,12 +76,13 @@ class ZeroEngine:
         self._engine.train()
         return logits
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder / self.folder_name), tag=TAG)
+    def save(self, folder: Path, with_frozen: bool = True) -> None:
+        path = str(folder / self.folder_name)
+        self._engine.save_checkpoint(path, tag=TAG, exclude_frozen_parameters=not with_frozen)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, with_frozen: bool = True) -> None:
         path = folder / self.folder_name
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG)
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_module_strict=with_frozen)
         if loaded is None:  # DeepSpeed warns and would go on with fresh weights
             raise CheckpointError(str(path), ABSENT, "was not loaded by DeepSpeed", "see the log of this rank")
 

@@ -91,7 +91,7 @@ LIGHT: dict[str, set[str]] = {
     "launcher.cost.values": set(),
     "launcher.cost.cache": set(),
     "launcher.plan": set(),
-    "launcher.emit": set(),
+    "launcher.emit": {"yaml"},
     "launcher.doctor.values": set(),
     "launcher.doctor.fit": set(),
     "launcher.doctor.cluster_file": {"yaml"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,24 @@ def references(prepared: dict[str, Path], corpus: Path) -> dict[str, list[float]
 
 
 def plain_losses(folder: Path, corpus: Path, family: str) -> list[float]:
-    """One process, one batch per step, transformers' own head and loss mean over the valid targets, torch's AdamW."""
+    return plain_run(folder, corpus, family)[0]
+
+
+def plain_run(
+    folder: Path, corpus: Path, family: str, adapted: Callable[[Any], Any] = lambda model: model
+) -> tuple[list[float], Any]:
+    """One process, one batch per step, transformers' own head and loss mean over the valid targets, torch's AdamW.
+
+    Losses, and the model at the end. adapted: what is trained in place of the whole model.
+    """
     import datasets
 
     spec = parse_spec(job(folder, corpus, family))
     data = datasets.load_from_disk(str(folder))["train"]
-    model = _model(spec, folder, family, data)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
+    model = adapted(_model(spec, folder, family, data)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1]
+    rest = [p for p in trained if p.ndim == 1]
     training = spec.training
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}],
@@ -80,7 +91,7 @@ def plain_losses(folder: Path, corpus: Path, family: str) -> list[float]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, model
 
 
 def _model(spec: JobSpec, folder: Path, family: str, data: Any) -> Any:

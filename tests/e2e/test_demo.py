@@ -60,7 +60,7 @@ def test_the_model_folder_holds_what_was_trained(
     kind = getattr(transformers, task.auto_class)
     opened, info = kind.from_pretrained(learnt.model_dir, output_loading_info=True)
     assert not any(info.values()), info
-    trained = build_model(learnt.spec, task, learnt.data).eval()
+    trained = build_model(learnt.spec, task, learnt.data).model.eval()
     trained.load_state_dict(trained_state(learnt, tmp_path))
     batch = task.collate(learnt.data.split("validation").rows(np.arange(4)), learnt.data.pad_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.emit import deepspeed_config, fsdp_settings, launch_command, load_preset
+from launcher.emit import accelerate_config, deepspeed_config, fsdp_settings, launch_command, load_preset
 from launcher.emit.argv import RUN_FILE
 from launcher.plan import Plan, make_plan
 from launcher.plan.explain import explain
@@ -45,6 +45,24 @@ def test_fsdp_settings(case: str, golden: Golden) -> None:
     """On two nodes of eight ranks."""
     plan = laid_out(planned("fsdp")[1], nodes=2, ranks_per_node=8, **FSDP[case])
     golden.check(f"fsdp-{case}.json", json.dumps(fsdp_settings(plan), indent=2) + "\n")
+
+
+NODES = {"nodes": 2, "ranks_per_node": 8}
+ACCELERATE: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp", "recompute": "full"},
+    "ddp-one-rank": {"strategy": "ddp", "ranks_per_node": 1, "precision": "pure_bf16"},
+    "fsdp": {"strategy": "fsdp", "offload_params": "cpu", "offload_optimizer": "cpu", "recompute": "full"},
+    "hsdp-nodes": {"strategy": "hsdp", "shard_group_size": 8, "reshard_after_forward": False, **NODES},
+    "zero2": {"strategy": "zero2"},
+    "zero3-nodes": {"strategy": "zero3", **NODES},
+}
+
+
+@pytest.mark.parametrize("case", ACCELERATE)
+def test_accelerate_configuration(case: str, golden: Golden) -> None:
+    """For `accelerate launch --config_file`."""
+    plan = laid_out(planned("ddp")[1], **ACCELERATE[case])
+    golden.check(f"accelerate-{case}.yaml", str(accelerate_config(plan, "/plans/deepspeed.json")))
 
 
 def test_plan_json(golden: Golden) -> None:

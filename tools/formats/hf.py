@@ -169,6 +169,11 @@ def write_side_files(config_dir: Path, config: dict[str, Any], dtype: torch.dtyp
     """config.json with the dtype of the written weights, and the tokenizer's and generation's files as they are."""
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}  # its name before transformers 5
     write_json(folder / "config.json", {**kept, "dtype": str(dtype).removeprefix("torch.")})
+    copy_side_files(config_dir, folder)
+
+
+def copy_side_files(config_dir: Path, folder: Path) -> None:
+    """The tokenizer's and generation's, as they are."""
     for file in sorted(config_dir.iterdir()):
         if file.is_file() and (file.name in SIDE_FILES or file.suffix in SIDE_SUFFIXES):
             shutil.copyfile(file, folder / file.name)
