@@ -20,12 +20,12 @@ PORT = 29500
 
 
 def accelerate_config(plan: Plan, deepspeed_file: str) -> str | None:
-    """YAML; None where accelerate cannot do it: FSDP on CPU, which its `state.py` knows for accelerators only.
+    """YAML; None where accelerate cannot do it: on CPU it does DDP only and passes over FSDP and DeepSpeed (`state.py`).
 
     deepspeed_file: path of the emitted `deepspeed.json` as the script's ranks see it.
     """
     layout = plan.chosen.layout
-    if layout.strategy in STRATEGIES and plan.device == "cpu":
+    if plan.device == "cpu" and layout.strategy != "ddp":
         return None
     text = yaml.safe_dump(_config(plan, deepspeed_file), sort_keys=False)
     return "".join(f"# {line}\n" for line in _notes(plan)) + text
