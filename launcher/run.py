@@ -90,8 +90,8 @@ def _agreed_plan(spec: JobSpec):  # type: ignore[no-untyped-def]  # Plan, import
     from launcher.train.agree import decide_on_first
 
     def decide():  # type: ignore[no-untyped-def]
-        check_runnable(spec)
         plan = make_plan(spec, cached_cost(spec), load_cluster(spec.cluster.name))
+        check_runnable(spec, plan)
         folder = Path(spec.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1))

@@ -64,9 +64,10 @@ def made_plan(spec_path: Path, overrides: list[str], advise: bool = True) -> tup
     from launcher.plan import make_plan
 
     spec = load_spec(spec_path, overrides)
-    check_runnable(spec)
     cluster, samples = load_cluster(spec.cluster.name), _num_samples(spec)
-    return spec, make_plan(spec, cached_cost(spec), cluster, samples, cached_cost, advise=advise)
+    made = make_plan(spec, cached_cost(spec), cluster, samples, cached_cost, advise=advise)
+    check_runnable(spec, made)
+    return spec, made
 
 
 def _num_samples(spec: JobSpec) -> int | None:

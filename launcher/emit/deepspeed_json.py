@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.emit.offload import SUB_GROUP_ELEMENTS, offload_sections
+from launcher.emit.offload import offload_sections
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.resources import resource_dir
 from launcher.job.spec import JobSpec
 from launcher.plan.layout import Layout
 from launcher.plan.memory import REDUCE_BUCKET_ELEMENTS
+from launcher.plan.memory.zero import SUB_GROUP_ELEMENTS
 from launcher.plan.values import Plan
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "hpz": 3}

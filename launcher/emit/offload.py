@@ -7,14 +7,7 @@ from typing import Any
 from launcher.errors import ABSENT, SpecError
 from launcher.job.spec import JobSpec
 from launcher.plan.layout import Layout
-
-SUB_GROUP_ELEMENTS = 1_000_000_000
-"""Parameters that ZeRO-3 updates at a time: DeepSpeed's default, written down because buffers follow from it."""
-OPTIMIZER_BUFFERS = 4
-"""Each as large as the largest sub-group: parameter, gradient and two moments."""
-PARAM_BUFFERS = 5
-PARAM_BUFFER_ELEMENTS = 100_000_000
-"""Pinned, between NVMe and device; DeepSpeed refuses a parameter whose share of a rank is larger."""
+from launcher.plan.memory.host import OPTIMIZER_BUFFERS, PARAM_BUFFER_ELEMENTS, PARAM_BUFFERS
 
 
 def offload_sections(layout: Layout, spec: JobSpec, pinned: bool) -> dict[str, Any]:

@@ -1,23 +1,18 @@
-"""What a plan may say and no engine does yet: refused by name, or a run would silently be another one."""
+"""The plan does what the spec asks for, key by key: one that the planner passed over would silently be another run."""
 
 from __future__ import annotations
 
 from launcher.errors import SpecError
 from launcher.job.spec import JobSpec
+from launcher.plan.values import Plan
 
-NOT_BUILT = {
-    "strategy": ("hsdp", "hpz"),
-    "offload_optimizer": ("cpu", "nvme"),
-    "offload_params": ("cpu", "nvme"),
-    "precision": ("fp16", "pure_bf16"),
-    "reshard_after_forward": (False,),
-}
+KEYS = ("strategy", "precision", "recompute", "shard_group_size", "reshard_after_forward")
+PLACES = ("offload_optimizer", "offload_params")
 
 
-def check_runnable(spec: JobSpec) -> None:
-    """Raises `SpecError` for what the engines cannot do."""
-    for key, values in NOT_BUILT.items():
-        if (value := getattr(spec.parallel, key)) in values and value is not None:
-            raise SpecError(
-                f"parallel.{key}", value, "is planned, but no engine runs it yet", "leave it to the planner"
-            )
+def check_runnable(spec: JobSpec, plan: Plan) -> None:
+    """Raises `SpecError` for the first key that was fixed and is not what was planned."""
+    for key in KEYS + PLACES:
+        asked, planned = getattr(spec.parallel, key), getattr(plan.chosen.layout, key)
+        if asked not in ("auto", planned):
+            raise SpecError(f"parallel.{key}", asked, f"is not what was planned: {planned}", "leave it to the planner")

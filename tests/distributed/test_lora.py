@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers
 import yaml
+from safetensors.torch import load_file
 
 from launcher.data.prepare import prepare
-from launcher.job import parse_spec
-from tests.distributed.test_parity import RANKS, RELATIVE, STEPS, plain_run
+from launcher.data.prepared import open_prepared
+from launcher.errors import CheckpointError
+from launcher.job import load_spec, parse_spec
+from launcher.task import task_of
+from tests.distributed.test_parity import RANKS, RELATIVE, STEPS, plain_model, plain_run
 from tests.support import job, records, run_ranks, torchrun
+from tools.convert import convert
+from tools.evaluate import evaluate
+from tools.formats.dcp import DcpSource
+from tools.formats.locate import locate
+from tools.formats.zero import ZeroSource
 
 LORA = {"name": "lora", "r": 3, "lora_alpha": 12.0}  # an odd rank: no engine can cut the adapters evenly
-ENGINES = ("ddp", "fsdp", "zero2", "zero3")
+FROZEN = {"freeze_embeddings": True, "freeze_blocks": 1}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f"gpt-{engine}": ("gpt", engine, LORA) for engine in ENGINES},
-    "bert-fsdp": ("bert", "fsdp", {**LORA, "use_dora": True}),
+    **{f"gpt-{strategy}": ("gpt", strategy, LORA) for strategy in ("ddp", "fsdp", "zero2", "zero3")},
     "bert-zero3": ("bert", "zero3", {**LORA, "use_dora": True}),
-    "frozen-fsdp": ("gpt", "fsdp", {"freeze_embeddings": True, "freeze_blocks": 1}),
-    "frozen-zero2": ("gpt", "zero2", {"freeze_embeddings": True, "freeze_blocks": 1}),
-    "frozen-zero3": ("gpt", "zero3", {"freeze_embeddings": True, "freeze_blocks": 1}),
+    "frozen-fsdp": ("gpt", "fsdp", FROZEN),
+    "frozen-zero3": ("gpt", "zero3", FROZEN),
 }
-"""Name -> family, strategy, `method`. Two ranks, recompute, accumulation 2."""
+"""Name -> family, strategy, `method`. Two ranks, recompute, accumulation 2, saved every ten steps.
+
+`gpt-*` start from a folder with weights, which their checkpoints name; the others from random weights, which they hold.
+"""
+ADAPTED = [name for name in RUNS if name.startswith("gpt-")]
 
 
 def reference_of(name: str) -> str:
@@ -40,34 +55,54 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def runs(prepared: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all runs, trained by one pair of ranks."""
-    root = tmp_path_factory.mktemp("runs")
-    paths = []
-    for name, (family, strategy, method) in RUNS.items():
-        parallel = {"strategy": strategy, "micro_batch_size": 2, "recompute": "full", "precision": "fp32"}
-        raw = job(root / name, corpus, family, data__prepared=str(prepared[family]), parallel=parallel, method=method)
-        paths.append(root / f"{name}.yaml")
-        paths[-1].write_text(yaml.safe_dump(raw))
-    log = root / "log"
-    assert run_ranks(torchrun(2, RANKS, *paths), log, 600) == 0, log.read_text()[-6000:]
-    return root
+def base(prepared: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with weights of its own."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("base") / "gpt"
+    data = datasets.load_from_disk(str(prepared["gpt"]))["train"]
+    spec = parse_spec(job(folder, corpus, "gpt"))
+    plain_model(spec.model_copy(update={"seed": 5}), prepared["gpt"], "gpt", data).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def references(prepared: dict[str, Path], corpus: Path) -> dict[str, tuple[list[float], Any]]:
+def runs(prepared: dict[str, Path], base: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all runs, trained by one pair of ranks."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, (family, strategy, method) in RUNS.items():
+        parallel = {"strategy": strategy, "micro_batch_size": 2, "recompute": "full", "precision": "fp32"}
+        raw = job(root / name, corpus, family, data__prepared=str(prepared[family]), parallel=parallel, method=method)
+        raw |= {"checkpoint": {"every_steps": 10}}
+        if name in ADAPTED:
+            raw["model"] = {"path": str(base)}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    train(root, list(RUNS))
+    return root
+
+
+def train(root: Path, names: list[str]) -> None:
+    log = root / "log"
+    assert run_ranks(torchrun(2, RANKS, *(root / f"{name}.yaml" for name in names)), log, 900) == 0, log.read_text()[
+        -6000:
+    ]
+
+
+@pytest.fixture(scope="module")
+def references(prepared: dict[str, Path], base: Path, corpus: Path) -> dict[str, tuple[list[float], Any]]:
     """Losses and the trained model of one plain process, for each of the three methods."""
+
+    def with_adapters(model: Any) -> Any:
+        torch.manual_seed(11)  # the run's: it draws the adapters
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        config = peft.LoraConfig(r=3, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
+
     return {
         "gpt": plain_run(prepared["gpt"], corpus, "gpt", with_adapters),
         "bert": plain_run(prepared["bert"], corpus, "bert", with_dora),
         "frozen": plain_run(prepared["gpt"], corpus, "gpt", frozen),
     }
-
-
-def with_adapters(model: Any) -> Any:
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=3, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
 
 
 def with_dora(model: Any) -> Any:
@@ -91,3 +126,109 @@ def test_losses_follow_one_plain_process(runs: Path, references: dict[str, Any],
     print(f"parity {name}: worst relative difference {worst:.1e}")
     assert worst < RELATIVE
     assert max(theirs) - min(theirs) > 100 * RELATIVE * theirs[0], "a curve that stood still would prove little"
+
+
+def adapter_of(run: Path, out: Path) -> dict[str, torch.Tensor]:
+    if not out.exists():
+        convert(str(run), f"hf:{out}")
+    return load_file(out / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_are_whole_on_every_engine(runs: Path, references: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Names, shapes and values of peft's own file after one plain process; no row that was trained is zero."""
+    ours = adapter_of(runs / name, tmp_path / "out")
+    references["gpt"][1].save_pretrained(tmp_path / "plain")
+    theirs = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    for key, value in theirs.items():
+        assert torch.equal(ours[key].any(dim=1), value.any(dim=1)), f"{key} has other zero rows"
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-5, msg=key)
+    assert any(value.any() for key, value in ours.items() if "lora_B" in key), "they start at zero"
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapter_and_merged_model_open_and_say_what_the_run_says(runs: Path, name: str, tmp_path: Path) -> None:
+    """In plain peft and plain transformers; the held-out loss is the one that the run wrote down, to 1e-5."""
+    adapter_of(runs / name, tmp_path / "adapter")
+    convert(str(runs / name), f"hf:{tmp_path / 'merged'}", merge=True)
+    with_adapter = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    merged, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.arange(40).reshape(2, 20)
+    torch.testing.assert_close(with_adapter(ids).logits, merged.eval()(ids).logits, rtol=0, atol=1e-5)
+
+    task = task_of(load_spec(runs / f"{name}.yaml"))
+    data = open_prepared(load_spec(runs / f"{name}.yaml"))
+    split = data.split("validation")
+    for model in (with_adapter, merged):
+        scores = evaluate(model, task, [split[i] for i in range(len(split))]).metrics
+        assert scores["loss"] == pytest.approx(records(runs / name, "evaluation")[-1]["loss"], rel=1e-5)
+
+
+def test_frozen_parameters_stay_as_they_were(
+    runs: Path, prepared: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, and the others move: frozen embeddings and block, and the weights beside adapters."""
+    import datasets
+
+    for family in ("gpt", "bert"):
+        data = datasets.load_from_disk(str(prepared[family]))["train"]
+        spec = parse_spec(job(tmp_path, corpus, family))
+        start = dict(plain_model(spec, prepared[family], family, data).named_parameters())
+        for name in [name for name in RUNS if RUNS[name][0] == family and name not in ADAPTED]:
+            now = stored(runs / name)
+            for key, value in start.items():
+                is_frozen = family == "bert" and not key.startswith("classifier")
+                is_frozen |= family == "gpt" and key.startswith(
+                    ("transformer.wte", "transformer.wpe", "transformer.h.0.")
+                )
+                assert torch.equal(now[key], value) == is_frozen, f"{name}: {key}"
+
+
+def stored(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the last checkpoint by the plain model's names."""
+    found = locate(run, None)
+    source = ZeroSource(found.folder) if found.kind == "zero" else DcpSource(found.folder)
+    return {plain_name(name): source.read(name) for name in source.tensors if "original_module" not in name}
+
+
+def plain_name(name: str) -> str:
+    for part in ("base_model.model.", "base_layer.", "modules_to_save.default."):
+        name = name.replace(part, "")
+    return name
+
+
+def test_resumed_adapters_equal_straight_ones(runs: Path, tmp_path: Path) -> None:
+    """From step 10 to 20 again: the adapters, bit for bit, with the base read anew from its own folder."""
+    names = ["gpt-fsdp", "gpt-zero2", "gpt-zero3"]
+    straight = {name: adapter_of(runs / name, tmp_path / name) for name in names}
+    for name in names:
+        checkpoints = runs / name / "checkpoints"
+        shutil.rmtree(checkpoints / "step-00000020")
+        manifest = json.loads((checkpoints / "step-00000010" / "manifest.json").read_text())
+        assert manifest["base"]["files"]
+        held = sum(file["size"] for path, file in manifest["files"].items() if path.startswith(("zero/", "dcp/")))
+        assert held < manifest["base"]["files"][0]["size"], "adapters and their moments, not the base"
+    train(runs, names)
+    assert "resuming from" in (runs / "log").read_text()
+    for name in names:
+        again = adapter_of(runs / name, tmp_path / f"{name}-again")
+        assert all(torch.equal(again[key], value) for key, value in straight[name].items()), name
+
+
+def test_merging_needs_the_base_that_was_trained_beside(runs: Path, base: Path, tmp_path: Path) -> None:
+    """Moved: --base finds it. Altered: refused by name. Held by the checkpoint alone: no adapter folder, only --merge."""
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    convert(str(runs / "gpt-fsdp"), f"hf:{tmp_path / 'merged'}", merge=True, base_dir=moved)
+    weights = moved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match="is not the file that the adapters were trained beside"):
+        convert(str(runs / "gpt-fsdp"), f"hf:{tmp_path / 'no'}", merge=True, base_dir=moved)
+    with pytest.raises(CheckpointError, match="exists only in this checkpoint"):
+        convert(str(runs / "bert-zero3"), f"hf:{tmp_path / 'no'}")
+    convert(str(runs / "bert-zero3"), f"hf:{tmp_path / 'bert'}", merge=True)
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").num_labels == 2
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        convert(str(runs / "frozen-fsdp"), f"hf:{tmp_path / 'no'}", merge=True)

@@ -70,7 +70,7 @@ def plain_run(
 
     spec = parse_spec(job(folder, corpus, family))
     data = datasets.load_from_disk(str(folder))["train"]
-    model = adapted(_model(spec, folder, family, data)).train()
+    model = adapted(plain_model(spec, folder, family, data)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]
     rest = [p for p in trained if p.ndim == 1]
@@ -94,7 +94,7 @@ def plain_run(
     return losses, model
 
 
-def _model(spec: JobSpec, folder: Path, family: str, data: Any) -> Any:
+def plain_model(spec: JobSpec, folder: Path, family: str, data: Any) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     raw = dict(spec.model.from_config)
     config = transformers.AutoConfig.for_model(
