@@ -86,7 +86,7 @@ class Link(Section):
     link_share: Share
     """Achievable: share of those bandwidths that large collectives reach."""
     latency_us: Annotated[float, Field(ge=0, lt=100_000, allow_inf_nan=False), FROM_YAML]
-    """Achievable: time that a collective takes however small it is, in microseconds."""
+    """Achievable: time that a collective within a node takes however small it is, in microseconds; further nodes add theirs."""
 
 
 class Host(Section):

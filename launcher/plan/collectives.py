@@ -15,6 +15,8 @@ from launcher.plan.layout import Layout
 
 DDP_BUCKET_BYTES = 25 * 2**20
 """torch's `bucket_cap_mb`: how much of the gradients one all-reduce takes."""
+NODE_HOP_US, NETWORK_HOP_US = 1.9, 4.0
+"""One step of a ring over NVLink and over the network: NCCL's own table (src/graph/tuning.cc, `hwLat`, ring, LL128)."""
 HIDES = {"ddp": True, "zero1": False, "zero2": False, "zero3": True, "hpz": True, "fsdp": True, "hsdp": True}
 """Whether collectives run beside arithmetic; DeepSpeed's `overlap_comm` is off by default below stage 3."""
 
@@ -30,9 +32,12 @@ class Ring:
     """Collectives per optimiser step."""
     gb_per_s: float
     """Achievable rate at one rank."""
+    hops_us: float = 0.0
+    """What the nodes after the first add to the latency of a collective."""
 
     def seconds(self, latency_us: float) -> float:
-        return self.num_bytes / (self.gb_per_s * 1e9) + self.calls * latency_us * 1e-6
+        """latency_us: of a small collective within one node."""
+        return self.num_bytes / (self.gb_per_s * 1e9) + self.calls * (latency_us + self.hops_us) * 1e-6
 
 
 def communication_bytes(cost: ModelCost, layout: Layout) -> int:
@@ -49,7 +54,7 @@ def rings(cost: ModelCost, link: Link, layout: Layout) -> list[Ring]:
         "between groups": (layout.num_ranks // max(1, group), per_node // group if 0 < group < per_node else 1),
     }
     return [
-        Ring(name, sent, calls, ring_gb_per_s(link, *members[name]))
+        Ring(name, sent, calls, ring_gb_per_s(link, *members[name]), ring_hops_us(*members[name]))
         for name, (sent, calls) in _sent(cost, layout).items()
         if members[name][0] > 1
     ]
@@ -61,6 +66,12 @@ def ring_gb_per_s(link: Link, num_members: int, members_per_node: int) -> float:
     if num_members <= members_per_node:
         return inside * link.link_share
     return (min(inside, between) if members_per_node > 1 else between) * link.link_share
+
+
+def ring_hops_us(num_members: int, members_per_node: int) -> float:
+    """Each further node lengthens the ring by one step across the network and one for each of its other members."""
+    further = max(0, num_members // members_per_node - 1)
+    return further * (NETWORK_HOP_US + (members_per_node - 1) * NODE_HOP_US)
 
 
 def _sent(cost: ModelCost, layout: Layout) -> dict[str, tuple[int, int]]:

@@ -159,7 +159,7 @@ def _collectives(used: list[Ring], cluster: Cluster, layout: Layout, busy_second
         TimeItem(
             ring.name,
             share * ring.seconds(latency_us),
-            f"{show_bytes(ring.num_bytes)} at {ring.gb_per_s:.4g} GB/s + {ring.calls} x {latency_us:g} us, {1 - share:.0%} hidden",
+            f"{show_bytes(ring.num_bytes)} at {ring.gb_per_s:.4g} GB/s + {ring.calls} x {latency_us + ring.hops_us:.6g} us, {1 - share:.0%} hidden",
             "network",
         )
         for ring in used

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.cost.values import Flops
 from launcher.job import Cluster, load_cluster
-from launcher.plan.collectives import ring_gb_per_s
+from launcher.plan.collectives import NETWORK_HOP_US, NODE_HOP_US, ring_gb_per_s, ring_hops_us
 from launcher.plan.knobs import STRATEGIES
 from launcher.plan.layout import GROUPED, Layout
 from launcher.plan.step_time import step_time
@@ -108,6 +108,21 @@ def test_one_rank_waits_for_nobody(strategy: str) -> None:
     group = 1 if strategy in GROUPED else 0
     alone = items(timed(cluster, strategy=strategy, ranks_per_node=1, shard_group_size=group))
     assert not {"collectives", "in groups", "between groups"} & set(alone)
+
+
+def test_each_further_node_lengthens_the_ring() -> None:
+    """A step across the network and one for each of its other ranks, on top of what one node takes, per collective."""
+    assert ring_hops_us(num_members=8, members_per_node=8) == 0
+    assert ring_hops_us(num_members=4, members_per_node=8) == 0
+    assert ring_hops_us(num_members=16, members_per_node=8) == NETWORK_HOP_US + 7 * NODE_HOP_US
+    assert ring_hops_us(num_members=16, members_per_node=1) == 15 * NETWORK_HOP_US
+    fast = {"link__intra_node_gb_per_s": 2e4, "link__inter_node_gb_per_s": 2e4, "gpu__overlap_share": 0, **FAST_HOST}
+    two, four = (
+        items(timed(cluster_of(10**6, **fast), strategy="zero2", nodes=nodes, ranks_per_node=2))["collectives"]
+        for nodes in (2, 4)
+    )
+    calls = (3 + 1) * 5  # three reductions and a gather of four blocks and the rest
+    assert four - two == pytest.approx(calls * 2 * (NETWORK_HOP_US + NODE_HOP_US) * 1e-6, rel=1e-3)
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
