@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from launcher.data.deal import Deal, by_cost, by_length, in_turns
+from launcher.data.deal import Deal, by_cost, by_length
 from launcher.data.mapped import Allocate
 from launcher.data.order import Ints
 from launcher.errors import DataError
@@ -95,15 +95,19 @@ class BatchStream:
     def micro_batches(self, position: int) -> list[Sequence[Row]]:
         """The rows of the optimiser step that starts at global `position`; each says its `sample` and its `epoch`."""
         ids = self.order.samples(position, self.global_batch_size)
+        if self.dealing == "in_turns":  # `in_turns` in two slices: a step of thousands of rows costs no list of them
+            rows = self._rows(ids[self.rank :: self.world_size], self._epochs(position)[self.rank :: self.world_size])
+            return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
         shares = self._deal(ids)[self.rank]
         mine = np.concatenate([np.array(share, dtype=np.int64) for share in shares])
-        rows = self._rows(ids[mine], self.order.epochs(position, self.global_batch_size)[mine])
+        rows = self._rows(ids[mine], self._epochs(position)[mine])
         ends = np.cumsum([len(share) for share in shares]).tolist()
         return [rows[end - len(share) : end] for share, end in zip(shares, ends, strict=True)]
 
+    def _epochs(self, position: int) -> Ints:
+        return self.order.epochs(position, self.global_batch_size)
+
     def _deal(self, ids: Ints) -> Deal:
-        if self.dealing == "in_turns":
-            return in_turns(len(ids), self.world_size, self.micro_batch_size)
         costs = self.split.costs(ids)
         if self.dealing == "by_cost":
             return by_cost(costs, self.world_size, self.micro_batch_size)
