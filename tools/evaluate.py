@@ -33,7 +33,9 @@ from launcher.job import JobSpec, parse_spec
 from launcher.job.load import apply_override
 from launcher.job.tasks import FIELDS, WRITERS, belongs
 from launcher.task import Facts, Record, Row, Task, logits_of, task_of
+from launcher.task.preference import Preference
 from launcher.train.engine import model_inputs
+from launcher.train.reference import answer_logps
 from tools.open_model import check_length, check_vocabulary, labels_of, open_model
 
 TASKS = tuple(FIELDS)
@@ -63,22 +65,42 @@ class Samples:
 
 
 def evaluate(
-    model: Any, task: Task, rows: Iterable[Row], batch_size: int = 16, progress: Callable[[int], None] | None = None
+    model: Any,
+    task: Task,
+    rows: Iterable[Row],
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+    reference: Any = None,
 ) -> Scores:
     """Loss and scores of `rows`, in batches of `batch_size` on the model's device; the model is left in eval mode.
 
-    progress: called with the number of samples scored so far.
+    progress: called with the number of samples scored so far. reference: for `preference`, the model that the other is
+    measured against.
     """
     model.eval()
     metrics, num_samples, pad_id = task.metrics(), 0, _pad_id(model)
     with torch.inference_mode():
         for some in _batches(rows, batch_size):
-            batch = {name: tensor.to(model.device) for name, tensor in task.collate(some, pad_id).items()}
+            numbered = [{"sample": num_samples + i, **row} for i, row in enumerate(some)]
+            batch = _batch(model, task, numbered, pad_id, reference)
             metrics.update(logits_of(model(**model_inputs(batch, model.config))), batch)
             num_samples += len(some)
             if progress is not None:
                 progress(num_samples)
     return Scores(num_samples, metrics.result())
+
+
+def _batch(model: Any, task: Task, rows: list[Row], pad_id: int, reference: Any) -> dict[str, torch.Tensor]:
+    if isinstance(task, Preference):
+        logps = answer_logps(
+            task,
+            rows,
+            pad_id,
+            model.device,
+            lambda batch: logits_of(reference(**model_inputs(batch, reference.config))),
+        )
+        rows = [{**row, "reference": tuple(pair)} for row, pair in zip(rows, logps, strict=True)]
+    return {name: tensor.to(model.device) for name, tensor in task.collate(rows, pad_id).items()}
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -206,6 +228,16 @@ def _check_options(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')}", value, "is not a positive number", "give 1 or more")
     options.task = _task_name(options)
+    _check_reference(options)
+
+
+def _check_reference(options: argparse.Namespace) -> None:
+    if options.task == "preference" and options.reference is None:
+        rule = "is missing: a preference is measured against the model before it was trained"
+        raise DataError("--reference", ABSENT, rule, "give that model's folder")
+    if options.task != "preference" and options.reference is not None:
+        rule = f"has no effect on {options.task}: it belongs to preference"
+        raise DataError("--reference", str(options.reference), rule, "leave it out")
 
 
 def _task_name(options: argparse.Namespace) -> str:
@@ -227,13 +259,19 @@ def _auto_class(options: argparse.Namespace) -> str:
 def _run(options: argparse.Namespace) -> Scores:
     _check_options(options)
     model = open_model(options.model, _auto_class(options), options.task)
+    reference = None if options.reference is None else open_model(options.reference, _auto_class(options), options.task)
     samples = (_prepared_samples if options.prepared else _file_samples)(model, options)
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("scoring", total=samples.count)
         scores = evaluate(
-            model, samples.task, samples.rows, options.batch_size, lambda done: bar.update(shown, completed=done)
+            model,
+            samples.task,
+            samples.rows,
+            options.batch_size,
+            lambda done: bar.update(shown, completed=done),
+            reference,
         )
     if scores.num_samples == 0:
         found = ", ".join(options.data or [str(options.prepared)])
@@ -268,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", metavar="KEY=VALUE", help="a key of task or data as in a job spec: task.doc_stride=64"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default: %(default)s)")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="preference: the model before it was trained")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -40,6 +40,8 @@ def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
     """Cost of the spec's model. Raises `ModelError` when transformers cannot build or run it."""
     task = task_of(spec, Facts(labels=("one", "other")))  # two classes, where the spec leaves them to the data
     config = model_config(spec, vocab_size, task.config_overrides)
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # any will do: a decoder's classifier refuses several rows without one
     saved = {}
     for precision, dtype in DTYPES.items():
         with FakeTensorMode(), no_init_weights():

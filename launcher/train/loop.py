@@ -45,6 +45,7 @@ from launcher.train.model import build_model, enable_recompute
 from launcher.train.optim import learning_rate
 from launcher.train.peak import device_peaks
 from launcher.train.preempt import StopFlag
+from launcher.train.reference import Reference, reference_of
 from launcher.train.report import LOG, Reporter
 from launcher.train.world import World
 
@@ -67,6 +68,8 @@ class Run:
     hf_files: Path
     base: dict[str, Any] | None
     """Reference to the frozen weights that checkpoints leave out."""
+    reference: Reference | None = None
+    """What the answers of `preference` are measured against."""
 
     @property
     def checkpoints(self) -> Path:
@@ -102,6 +105,7 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
     data = decide_on_first(lambda: open_prepared(spec))
     decide_on_first(lambda: _open_training(spec, data, saved).end)  # plans the bins, before all ranks look for them
     run = _set_up(spec, plan, world, device, data, _open_training(spec, data, saved), stop)
+    run.reference = reference_of(run, is_resumed=saved is not None)
     start = _restore(run, saved) if saved else Position(step=0, samples=0)
     if is_packed(spec):
         precision = run.plan.chosen.layout.precision
@@ -212,7 +216,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
     )
 
     def make(position: int) -> list[Batch]:
-        batches = [_collated(run, rows) for rows in stream.micro_batches(position)]
+        batches = [_collated(run, _referred(run, "train", rows)) for rows in stream.micro_batches(position)]
         if run.device.type != "cuda":
             return batches
         return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
@@ -241,6 +245,10 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
                 raise Preempted(f"told to stop: saved after step {step}; start the same command again to go on")
             waiting_since = time.perf_counter()
     return scores or evaluate(run, None)
+
+
+def _referred(run: Run, split: str, rows: Sequence[Row]) -> Sequence[Row]:
+    return rows if run.reference is None else run.reference.attached(split, rows)
 
 
 def _collated(run: Run, rows: Sequence[Row]) -> Batch:
@@ -319,7 +327,8 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     metrics = run.task.metrics(min(len(split), max_samples or len(split)))
     for rows in eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples):
         # every rank computes every batch: sharded parameters are gathered by all or by none
-        batch = run.task.collate(rows or run.task.dummy_rows(1), run.data.pad_id)
+        held = _referred(run, "validation", rows or run.task.dummy_rows(1))
+        batch = run.task.collate(held, run.data.pad_id)
         moved = {name: tensor.to(run.device) for name, tensor in batch.items()}
         metrics.update(run.engine.evaluate(moved), moved)
     sums = metrics.sums.to(run.device)
