@@ -63,7 +63,7 @@ class MaskedLM:
         if room < 1:
             rule = f"leaves no token between the {len(before) + len(behind)} that frame a text"
             raise DataError("training.seq_len", self.seq_len, rule, "give more")
-        texts = _texts(records, tokenizer)
+        texts = _texts(records, tokenizer, self.whole_words)
         if self.packing == "concat":
             texts = _joined(texts, behind, room)
         for ids, words in texts:
@@ -142,11 +142,17 @@ class TokenMetrics:
         return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": num_right / num_hidden}
 
 
-def _texts(records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+def _texts(
+    records: Iterable[Sequence[Record]], tokenizer: Any, whole_words: bool
+) -> Iterator[tuple[list[int], list[int]]]:
     """(token ids, `BEGINS` or `CONTINUES` for each) of every text; words are the tokenizer's own pre-tokens."""
     for some in records:
         texts = [record.text for record in some]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        if not whole_words:
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            yield from ((ids, [BEGINS] * len(ids)) for ids in encoded["input_ids"] if ids)
+            continue
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
         for i, ids in enumerate(encoded["input_ids"]):
             words = encoded.word_ids(i)
             fresh = [BEGINS if j == 0 or word != words[j - 1] else CONTINUES for j, word in enumerate(words)]
