@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from tests.support import write_corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# DeepSpeed's ops take minutes to compile and are nobody's secret: where torch keeps them, before a session's own cache.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+_BUILD = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_CACHE / "torch_extensions" / _BUILD))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
