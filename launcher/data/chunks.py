@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launcher.checksum import file_digest
+from launcher.data.augment import copies_of, masked
 from launcher.data.quick import QuickTokenizer
 from launcher.data.shards import Schema, num_tokens, record_batches
 from launcher.data.split import is_held_out
 from launcher.job.spec import JobSpec
-from launcher.task import Facts, Record, task_of
+from launcher.task import Facts, Record, Row, task_of
 
 CHUNK_RECORDS = 1000
 CHUNK_CHARACTERS = 1 << 20
@@ -111,9 +112,10 @@ class Encoder:
 
         path = self._setting.folder / f"{chunk.name}-{split}.arrow"
         part = path.with_suffix(".part")
-        counts = {"num_records": len(records), "num_samples": 0, "num_tokens": 0}
+        copies = self._copies(records) if split == "train" else []
+        counts = {"num_records": len(records), "num_augmented": len(copies), "num_samples": 0, "num_tokens": 0}
         with pyarrow.ipc.new_stream(str(part), self._schema.arrow()) as stream:
-            for batch in record_batches(self._task.rows([records], self._tokenizer), self._schema):
+            for batch in record_batches(self._rows(records, copies), self._schema):
                 stream.write_batch(batch)
                 counts["num_samples"] += batch.num_rows
                 counts["num_tokens"] += num_tokens(batch)
@@ -125,6 +127,18 @@ class Encoder:
             "size": path.stat().st_size,
             "blake2b": file_digest(path),
         }
+
+    def _copies(self, records: list[Record]) -> list[Record]:
+        options, seed = self._setting.spec.data.augment, self._setting.spec.seed
+        return [copy for record in records for copy in copies_of(record, options, seed)] if options else []
+
+    def _rows(self, records: list[Record], copies: list[Record]) -> Iterator[Row]:
+        """Of the records, then of their altered copies: the tasks that know copies give one row per record."""
+        yield from self._task.rows([records], self._tokenizer)
+        options, seed = self._setting.spec.data.augment, self._setting.spec.seed
+        if options is not None and copies:
+            for copy, row in zip(copies, self._task.rows([copies], self._tokenizer), strict=True):
+                yield masked(row, copy, options, seed, self._tokenizer)
 
 
 def schema_of(setting: Setting) -> Schema:

@@ -12,6 +12,7 @@ from launcher.checksum import file_digest
 from launcher.data import remote
 from launcher.data.building import Building
 from launcher.data.chunks import CHUNK_RECORDS, Chunk, in_chunks
+from launcher.data.clean import Cleaner, check_cleaning
 from launcher.data.fingerprint import digest_of, options_fingerprint
 from launcher.data.formats import Columns
 from launcher.data.problems import Problems
@@ -37,6 +38,9 @@ class Corpus:
         held_out = spec.data.validation
         self.validation = find_sources("data.validation", held_out, spec.data.format) if held_out else None
         self.columns = Columns.of(spec)
+        check_cleaning(spec.task.name, spec.data.clean)
+        roles = ("train", "validation") if self.validation is not None else ("train",)
+        self.cleaners = {role: Cleaner(spec.data.clean) for role in roles} if spec.data.clean else {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,10 +85,14 @@ class Corpus:
         return ["train", "validation"] if holds_out else ["train"]
 
     def records_of(self, role: str, problems: Problems) -> Iterator[Record]:
-        """The records of `data.train` or `data.validation`, in the order of the files.
+        """The records of `data.train` or `data.validation`, in the order of the files, cleaned as the spec says.
 
         With `on_error: fail`, what comes after a bad record is only checked, and a DataError at the end tells of all.
         """
+        checked = self._checked(role, problems)
+        return self.cleaners[role](checked) if role in self.cleaners else checked
+
+    def _checked(self, role: str, problems: Problems) -> Iterator[Record]:
         sources = self.train if role == "train" else self.validation or []
         for record in read_records(sources, self.columns, self.spec.data.sample_by, problems.add):
             if not problems.stops:

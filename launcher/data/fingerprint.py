@@ -33,10 +33,16 @@ def relevant_options(spec: JobSpec) -> dict[str, Any]:
         "tokenizer": data.tokenizer,
         "train_tokenizer": data.train_tokenizer and data.train_tokenizer.model_dump(),
     }
+    if data.clean is not None:
+        options["clean"] = data.clean.model_dump()
+    if data.augment is not None:
+        options |= {"augment": data.augment.model_dump(), "seed": spec.seed}
     options["validation"] = _as_list(data.validation) if data.validation else data.validation_fraction
     if data.tokenizer is None and data.train_tokenizer is None:
         options["model"] = spec.model.path or spec.model.from_config
-    options |= {key: getattr(data, key) for key in DATA_OPTIONS if belongs("data", key, spec.task.name)}
+    options |= {
+        key: getattr(data, key) for key in DATA_OPTIONS if key != "augment" and belongs("data", key, spec.task.name)
+    }
     if options.get("packing") == "best_fit":
         options["packing"] = "none"  # the same rows: bins are planned over them
     return options | {key: getattr(spec.task, key) for key in SHAPE_ROWS if belongs("task", key, spec.task.name)}

@@ -156,6 +156,7 @@ def _build(corpus: Corpus, building: Building, num_workers: int | None) -> dict[
     problems: dict[str, Problems] = {}
     entries = _encoded(corpus, building, setting, problems, num_workers or _default_workers(corpus))
     index["skipped"] = {role: found.to_json() for role, found in problems.items() if found.count}
+    index["cleaned"] = {role: cleaner.to_json() for role, cleaner in corpus.cleaners.items()}
     _assemble(corpus, building, setting, entries, index)
     return index
 
@@ -196,7 +197,8 @@ def _assemble(
         if entry["num_samples"] == 0:
             raise _empty(corpus, split, num_records, any(entry["files"] for entry in entries))
         totals = {key: entry.pop(key) for key in ("num_samples", "num_tokens")}
-        index["splits"][split] = {**totals, "num_records": num_records, **entry}
+        num_augmented = sum(part["num_augmented"] for part in parts)
+        index["splits"][split] = {**totals, "num_records": num_records, "num_augmented": num_augmented, **entry}
     write_json(folder / "dataset_dict.json", {"splits": corpus.splits})
     write_json(folder / INDEX_NAME, index)
 

@@ -45,6 +45,19 @@ class PreparedData:
             return facts
         return facts._replace(label_counts=self.split("train").label_counts(len(facts.labels)))
 
+    def spec(self) -> JobSpec:
+        """The part of the spec that prepared data remember: what is learnt, and how it was cut."""
+        packing = {"packing": self.index["packing"]} if self.index["packing"] else {}
+        return JobSpec.model_validate(
+            {
+                "output_dir": str(self.folder),
+                "model": {"from_config": {}},
+                "task": self.index["task_options"],
+                "data": {"train": str(self.folder), **packing},
+                "training": {"seq_len": self.index["seq_len"], "global_batch_size": 1, "max_steps": 1},
+            }
+        )
+
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""

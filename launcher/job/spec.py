@@ -6,6 +6,7 @@ Reading files and wording errors is `load.py`'s; this file only says what is all
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -142,6 +143,45 @@ class MixtureSource(Section):
     """Passes over it at most; then the others go on in their shares."""
 
 
+class CleanSection(Section):
+    nfc: Bool = False
+    """Write every character in Unicode's composed form (NFC)."""
+    strip_control: Bool = False
+    """Take out control characters, but tab, newline and carriage return."""
+    min_characters: PositiveInt | None = None
+    """Drop shorter records."""
+    max_characters: PositiveInt | None = None
+    """Drop longer records."""
+    keep_matching: Text | None = None
+    """Drop records in which this regular expression is not found."""
+    drop_matching: Text | None = None
+    """Drop records in which this regular expression is found."""
+    exact_duplicates: Bool = False
+    """Drop all but the first of equal records."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), FROM_YAML] | None = None
+    """Drop records whose words are as like those of an earlier one: the least Jaccard similarity of their runs of three words, estimated by MinHash; needs the package datasketch."""
+
+    @model_validator(mode="after")
+    def _patterns(self) -> CleanSection:
+        for key in ("keep_matching", "drop_matching"):
+            try:
+                re.compile(getattr(self, key) or "")
+            except re.error as error:
+                raise ValueError(f"has a `{key}` that is no regular expression ({error}); mend it") from None
+        return self
+
+
+class AugmentSection(Section):
+    copies: PositiveInt = 1
+    """Altered copies of each training record; held-out records have none."""
+    word_dropout: Fraction = 0.0
+    """Share of the words that a copy lacks."""
+    word_swap: Fraction = 0.0
+    """Share of the words that change places with the next."""
+    token_masking: Fraction = 0.0
+    """Share of the tokens that are hidden by the tokenizer's mask token."""
+
+
 class DataSection(Section):
     train: Texts | Text
     """Files, folders or globs: text, jsonl, json, csv, tsv, parquet, arrow or conll (also .gz, .zst); URLs of such (http, s3, gs); a folder of `datasets.save_to_disk`; a data set's hub id."""
@@ -153,6 +193,10 @@ class DataSection(Section):
     """Form of the files; left out, told by their suffix."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a bad record does: `fail` stops and tells which and how many; `skip` leaves it out, counts and lists it."""
+    clean: CleanSection | None = None
+    """What is done to the records before anything else; `index.json` counts what each step dropped."""
+    augment: AugmentSection | None = None
+    """Altered copies of the training records, by `seed`, where few are labelled."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """Text files only: what one record is (a paragraph ends at an empty line)."""
     columns: dict[Text, Text] = {}

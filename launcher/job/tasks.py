@@ -39,6 +39,7 @@ TASK_OPTIONS: dict[str, tuple[str, ...]] = {
 DATA_OPTIONS: dict[str, tuple[str, ...]] = {
     "packing": ("causal_lm", "masked_lm"),
     "label_separator": ("sequence_classification",),
+    "augment": ("sequence_classification", "regression"),
 }
 """Key of the section -> the tasks for which it means something. A key that is not here belongs to all."""
 
