@@ -17,6 +17,7 @@ from launcher.data.augment import copies_of, masked
 from launcher.data.quick import QuickTokenizer
 from launcher.data.shards import Schema, num_tokens, record_batches
 from launcher.data.split import is_held_out
+from launcher.errors import DataError
 from launcher.job.spec import JobSpec
 from launcher.task import Facts, Record, Row, task_of
 
@@ -52,7 +53,7 @@ def in_chunks(records: Iterable[Record], split: str) -> Iterator[Chunk]:
     number = num_characters = 0
     for record in records:
         held.append(record)
-        num_characters += len(record.text)
+        num_characters += len(record.text) + 4 * len(record.parts.get("ids", ()))
         if len(held) == CHUNK_RECORDS or num_characters >= CHUNK_CHARACTERS:
             yield Chunk(number, split, held)
             held, number, num_characters = [], number + 1, 0
@@ -134,11 +135,32 @@ class Encoder:
 
     def _rows(self, records: list[Record], copies: list[Record]) -> Iterator[Row]:
         """Of the records, then of their altered copies: the tasks that know copies give one row per record."""
-        yield from self._task.rows([records], self._tokenizer)
+        yield from _foreign_rows(records, self._setting)
+        texts = [record for record in records if "ids" not in record.parts]
+        yield from self._task.rows([texts], self._tokenizer) if texts else ()
         options, seed = self._setting.spec.data.augment, self._setting.spec.seed
         if options is not None and copies:
             for copy, row in zip(copies, self._task.rows([copies], self._tokenizer), strict=True):
                 yield masked(row, copy, options, seed, self._tokenizer)
+
+
+def _foreign_rows(records: list[Record], setting: Setting) -> Iterator[Row]:
+    """Documents that came as token ids: ended like others where they are whole, cut like others."""
+    eos_id, length = setting.tokenizer_facts["eos_token_id"], setting.spec.training.seq_len
+    for record in records:
+        ids = record.parts.get("ids")
+        if ids is None:
+            continue
+        if ids.min() < 0 or ids.max() >= setting.facts.vocab_size:
+            rule = f"is not an id of the tokenizer, which has {setting.facts.vocab_size}"
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise DataError(
+                f"{record.where}: token", bad, rule, "give the tokenizer they were made with, or token_dtype"
+            )
+        if record.parts["is_document"] and ids[-1] != eos_id:
+            ids = np.append(ids.astype(np.int64), eos_id)
+        step = ids.size if setting.is_joined else length
+        yield from ({"input_ids": ids[at : at + step]} for at in range(0, ids.size, step))
 
 
 def schema_of(setting: Setting) -> Schema:

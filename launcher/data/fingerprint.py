@@ -33,6 +33,8 @@ def relevant_options(spec: JobSpec) -> dict[str, Any]:
         "tokenizer": data.tokenizer,
         "train_tokenizer": data.train_tokenizer and data.train_tokenizer.model_dump(),
     }
+    if data.token_dtype != "uint16":
+        options["token_dtype"] = data.token_dtype
     if data.clean is not None:
         options["clean"] = data.clean.model_dump()
     if data.augment is not None:

@@ -33,6 +33,8 @@ class Columns:
     label_separator: str | None = None
     no_answer: bool = False
     """Whether a question may have no answer."""
+    token_dtype: str = "uint16"
+    """Of token ids in files that do not say it."""
 
     @classmethod
     def of(cls, spec: JobSpec) -> Columns:
@@ -46,6 +48,7 @@ class Columns:
             spec.task.multi_label,
             separator,
             spec.task.no_answer,
+            spec.data.token_dtype,
         )
 
     def name(self, field: str) -> str:

@@ -19,6 +19,7 @@ from launcher.data.lines import Rows, good_lines, good_or_noted, lines
 from launcher.data.opened import opened, seekable
 from launcher.data.sources import Source
 from launcher.data.spans import conll_rows
+from launcher.data.tokenised import FORMS, read_documents
 from launcher.errors import ABSENT, DataError, Interrupted
 from launcher.task import Record
 
@@ -50,9 +51,18 @@ def read_records(
 
 
 def _records(source: Source, columns: Columns, sample_by: str) -> Iterator[Record | DataError]:
+    if source.format in FORMS:
+        return _read_tokenised(source, columns)
     if source.format == "text":
         return _read_text(source, columns, sample_by)
     return _read_table(source, columns)
+
+
+def _read_tokenised(source: Source, columns: Columns) -> Iterator[Record | DataError]:
+    if columns.task != "causal_lm":
+        rule = f"holds token ids, which only causal_lm learns from, not {columns.task}"
+        raise DataError(source.name, ABSENT, rule, "give texts")
+    yield from read_documents(source.path, source.format, columns.token_dtype, columns.names.get("text", "tokens"))
 
 
 def in_lists(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

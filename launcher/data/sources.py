@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.data import remote
+from launcher.data.tokenised import SUFFIXES
 from launcher.errors import ABSENT, DataError
 
 _TEXT = (
@@ -69,7 +70,7 @@ def _expand(option: str, pattern: str, data_format: str | None) -> list[Source]:
             return [Source(file, "arrow") for file in saved]
         return [
             _source(file, data_format)
-            for file in _files_below(path) or _nothing(option, pattern, "is a folder without files")
+            for file in _without_indices(_files_below(path)) or _nothing(option, pattern, "is a folder without files")
         ]
     if path.is_file():
         return [_source(path, data_format)]
@@ -89,6 +90,13 @@ def _files_below(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _without_indices(files: list[Path]) -> list[Path]:
+    """Without what lies beside token ids only to describe them."""
+    shards = {file.parent for file in files if file.suffix == ".mds"}
+    beside = {path for file in files for path in (file.with_suffix(".idx"), file.with_name(f"{file.name}.index"))}
+    return [file for file in files if file not in beside and not (file.name == "index.json" and file.parent in shards)]
 
 
 def _saved_dataset(option: str, folder: Path) -> list[Path] | None:
@@ -114,6 +122,9 @@ def _nothing(option: str, pattern: str, rule: str) -> list[Path]:
 
 def _source(path: Path, data_format: str | None, url: str | None = None) -> Source:
     suffixes = [suffix.lower() for suffix in path.suffixes]
+    if data_format is None and suffixes and suffixes[-1] in SUFFIXES:
+        has_index = suffixes[-1] == ".bin" and path.with_suffix(".idx").is_file()
+        return Source(path, "megatron" if has_index else SUFFIXES[suffixes[-1]], None, url)
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     told = _FORMATS.get(suffixes[-2 if compression else -1] if len(suffixes) > bool(compression) else "")
     if data_format is None and told is None:

@@ -205,6 +205,8 @@ class DataSection(Section):
     """csv and tsv files without a line of names: the names of their columns, in order."""
     label_separator: Text | None = None
     """multi_label: what stands between the labels of a text where they are one string, as in csv files."""
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Type of the token ids in `.bin`, `.ds` and `.mds` files, which do not say it."""
     tokenizer: Text | None = None
     """Folder or hub id of a tokenizer, or a SentencePiece `.model`; left out, the model's own."""
     train_tokenizer: TrainTokenizer | None = None
