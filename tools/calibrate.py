@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_DONE, UserError
+from launcher.job.cluster import Cluster
 from launcher.plan.layout import Layout
 from launcher.plan.memory import rank_memory
 from launcher.plan.step_time import step_time
@@ -56,12 +57,12 @@ class Case:
         return self.predicted / self.published - 1
 
 
-def published_case(row: Row) -> Case:
-    """A row of llm-foundry's table of MPT models."""
+def published_case(row: Row, known: Cluster | None = None) -> Case:
+    """A row of llm-foundry's table of MPT models; `known` in place of the cluster file of its GPU."""
     strategy = STRATEGIES[row.choice("sharding", tuple(STRATEGIES))]
     precision = row.choice("precision", tuple(STATE_BYTES))
     reduce_bytes = REDUCE_BYTES[row.choice("fsdp_mixed_precision", tuple(REDUCE_BYTES))]
-    cluster, cost = cluster_of(row), mpt_cost(row)
+    cluster, cost = known or cluster_of(row), mpt_cost(row)
     nodes, ranks_per_node = _nodes(row)
     layout = Layout(
         strategy=strategy,

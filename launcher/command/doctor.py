@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +46,7 @@ def doctor(
     from launcher.doctor.environment import examine
 
     checks = examine(Path.cwd())
-    typer.echo(json.dumps([asdict(check) for check in checks], indent=2) if as_json else shown(checks))
+    typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2) if as_json else shown(checks))
     raise typer.Exit(EXIT_USER if any(check.status == "problem" for check in checks) else EXIT_DONE)
 
 
@@ -76,13 +76,23 @@ def _write_cluster(
     kind, num_ranks = _who_measures(device, ranks)
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     typer.echo(f"measuring {num_ranks} ranks ({kind}) of {threads} threads, a minute or two", err=True)
+    notes = _busy()
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
     folder = path.absolute().parent
     machine = measure(kind, num_ranks, threads, folder, nvme, lambda what: typer.echo(f"  {what}", err=True))
+    machine = dataclasses.replace(machine, notes=[*machine.notes, *notes])
     told = Told(datetime.date.today().isoformat(), inter_node, price)
     with path.open("x", encoding="utf-8") as file:
         file.write(cluster_file(machine, told))
     name = path if "/" in str(path) else f"./{path}"
     typer.echo(f"wrote {path}; next: fleetune plan job.yaml --set cluster.name={name}")
+
+
+def _busy() -> list[str]:
+    """Other programs take from every figure; the spread in the sources shows it as well."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return [f"the machine was busy, load {load:.1f} on {cores} cores: its figures are low"] if load > cores / 2 else []
 
 
 def _check_paths(path: Path, nvme: Path | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 from launcher.cost.measure import measure
 from launcher.errors import EXIT_DONE, EXIT_USER
 from tests.unit.costs import spec_of
+from tools.bench import calibration
 from tools.calibrate import Case, main, summary
 from tools.published_models import llama_cost, mpt_cost
 from tools.published_table import Row, read_table
@@ -157,6 +158,17 @@ def test_llama_by_its_sizes_is_llama_as_traced() -> None:
     assert made.flops == traced.flops
     assert (made.width, made.block_num_params) == (traced.width, traced.block_num_params)
     assert 1 < traced.saved["bf16"].blocks.at(2, 64) / made.saved["bf16"].blocks.at(2, 64) < 2.5
+
+
+def test_constants_are_found_again(table: Path) -> None:
+    """Runs that took as long as another constant predicts: the search comes nearer to it."""
+    rows = [row for row in read_table(table) if calibration.kind_of(row) == "a100"]
+    other = {"matmul_share": 0.7}
+    (case,) = calibration.cases_with(rows, {"a100": other})
+    told = [Row(row.table, row.line, {**row.text, "tokens_per_s_per_gpu": str(case.predicted)}) for row in rows]
+    found = calibration.fit(told, "a100")
+    assert abs(calibration.cases_with(told, {"a100": found})[0].error) < 0.02
+    assert calibration.loss(told, "a100", found) < calibration.loss(told, "a100", {})
 
 
 def _row(cells: dict[str, object]) -> Row:
