@@ -45,7 +45,7 @@ def make_plan(
         price_per_gpu_hour=cluster.price_per_gpu_hour,
         currency=cluster.currency,
         reason=_reason(spec, fitting, lost),
-        notes=_notes(spec, cluster),
+        notes=_notes(spec, cluster, fitting[0]),
         alternatives=tuple(fitting[1:]),
         rejected=tuple(Rejected(candidate, candidate.shortfall) for candidate in lost),
     )
@@ -58,7 +58,7 @@ def _num_steps(spec: JobSpec, num_samples: int | None) -> int | None:
     return math.ceil((training.num_epochs or 0) * num_samples / training.global_batch_size)
 
 
-def _notes(spec: JobSpec, cluster: Cluster) -> tuple[str, ...]:
+def _notes(spec: JobSpec, cluster: Cluster, chosen: Candidate) -> tuple[str, ...]:
     """What the reader must know of the figures."""
     gpu, asked = cluster.gpu, precision_of(spec, cluster)
     notes = []
@@ -70,6 +70,8 @@ def _notes(spec: JobSpec, cluster: Cluster) -> tuple[str, ...]:
     unsure = [key for key, source in cluster.sources.items() if key.startswith("gpu.") and "extrapolated" in source]
     if unsure:
         notes.append(f"step times are extrapolated: no run on {gpu.name} is behind {', '.join(unsure)}")
+    if chosen.layout.offload_optimizer != "none":
+        notes.append("the time of offload is worked out from bandwidths and held against no run")
     return tuple(notes)
 
 
