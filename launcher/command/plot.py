@@ -73,7 +73,7 @@ def _draw(above: Axes, below: Axes, rows: list[Row]) -> None:
         color = LINES[number % len(LINES)]
         _line(above, members, swept, places, color, name, lambda plan: plan.chosen.step_time.tokens_per_second)
         _line(below, members, swept, places, color, name, lambda plan: plan.chosen.memory.total_bytes / GIB)
-    _usable(below, rows, places, swept)
+    _usable(below, list(lines.values()), places, swept)
     _missing(below, rows, places, swept)
     above.set_ylabel("tokens/s")
     above.set_ylim(bottom=0)
@@ -92,12 +92,20 @@ def _line(axes: Axes, rows: list[Row], swept: str, places: list[str], color: str
     axes.plot(range(len(places)), list(heights.values()), marker="o", color=color, label=name or None)
 
 
-def _usable(axes: Axes, rows: list[Row], places: list[str], swept: str) -> None:
-    """What a rank may use, dashed; it steps where another kind of GPU is swept."""
-    usable = {row.values[swept]: (row.plan.chosen.memory.usable_bytes or 0) / GIB for row in rows if row.plan}
-    if usable:
-        heights = [usable.get(place, float("nan")) for place in places]
-        axes.plot(range(len(places)), heights, linestyle="--", linewidth=1, color="#808080", label="usable")
+def _usable(axes: Axes, lines: list[list[Row]], places: list[str], swept: str) -> None:
+    """What a rank may use, dashed: once where all have the same, else for each line in its colour."""
+    limits = []
+    for members in lines:
+        usable = {row.values[swept]: (row.plan.chosen.memory.usable_bytes or 0) / GIB for row in members if row.plan}
+        limits.append([usable.get(place, float("nan")) for place in places])
+    known = {height for heights in limits for height in heights if height == height}  # a gap equals nothing
+    if len(known) == 1:
+        axes.axhline(known.pop(), linestyle="--", linewidth=1, color="#808080", label="usable")
+        return
+    for number, heights in enumerate(limits):
+        color = LINES[number % len(LINES)] if len(limits) > 1 else "#808080"
+        axes.plot(range(len(places)), heights, linestyle="--", linewidth=1, color=color)
+    axes.plot([], [], linestyle="--", linewidth=1, color="#808080", label="usable")
 
 
 def _missing(axes: Axes, rows: list[Row], places: list[str], swept: str) -> None:
