@@ -75,6 +75,11 @@ def _signal_leaves(pid: int, number: int) -> None:
         return  # it has just ended by itself
 
 
+def run_captured(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and collect its output as text."""
+    return subprocess.run(list(argv), capture_output=True, text=True, check=False)
+
+
 def sbatch(script: Path) -> subprocess.CompletedProcess[str]:
     """Hand a batch script to Slurm; stdout is the job's id. Raises `FileNotFoundError` where there is no sbatch."""
     return subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
