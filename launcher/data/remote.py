@@ -29,8 +29,10 @@ def is_remote(name: str) -> bool:
 def expand(option: str, url: str) -> list[str]:
     """The files that a URL names: itself, what matches it, or what lies below it, sorted."""
     system, path = _opened(option, url)
+    if url.startswith("http"):
+        return [url]  # nothing can be listed, and to ask whether it is there would be to fetch it
     try:
-        if any(character in path for character in "*[") or (url.endswith("/") and not url.startswith("http")):
+        if any(character in path for character in "*[") or url.endswith("/"):
             found = system.glob(path) if not url.endswith("/") else system.find(path)
         else:
             found = [path] if system.isfile(path) else system.find(path)
