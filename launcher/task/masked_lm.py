@@ -74,7 +74,8 @@ class MaskedLM:
                     yield {"input_ids": [*before, *some, *behind], "words": [*frame[0], *kinds, *frame[1]]}
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
-        """Masked by each row's `sample` and `epoch`; without an epoch, as when scoring, by epoch 0."""
+        """Masked by each row's `sample` and `epoch`. Without an epoch, as when scoring, the same tokens are asked of every
+        model, whatever its seed."""
         from launcher.task.padding import pad_right, padded
 
         shown = [self._masked(row) for row in rows]
@@ -90,7 +91,7 @@ class MaskedLM:
         return mask_tokens(
             ids,
             kinds == SPECIAL,
-            self.seed,
+            self.seed if "epoch" in row else 0,
             row.get("sample", 0),
             row.get("epoch", 0),
             mask_id=self.mask_id,

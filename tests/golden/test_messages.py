@@ -145,6 +145,36 @@ CASES = [
     spec("a list for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training: [48, 8]")),
     spec("null for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training:")),
     spec("unknown task", ("causal_lm", "masked_ml")),
+    # options of another task, or of none
+    spec("an option of another task", ("task: causal_lm", "task: {name: causal_lm, labels: [a, b], doc_stride: 8}")),
+    spec(
+        "packing where there is nothing to pack",
+        ("task: causal_lm", "task: chat"),
+        ("data:\n", "data:\n  packing: none\n"),
+    ),
+    spec("a column that the task does not read", ("data:\n", "data:\n  columns: {txt: body, messages: chat}\n")),
+    spec(
+        "weights without names",
+        ("task: causal_lm", "task: {name: sequence_classification, class_weights: [1, 2]}"),
+    ),
+    spec(
+        "weights for other labels",
+        ("task: causal_lm", "task: {name: sequence_classification, labels: [a, b, c], class_weights: [1, 2]}"),
+    ),
+    spec(
+        "options that exclude each other",
+        ("task: causal_lm", "task: {name: sequence_classification, multi_label: true, label_smoothing: 0.1}"),
+    ),
+    spec(
+        "a threshold without what it is for",
+        ("task: causal_lm", "task: {name: extractive_qa, null_threshold: 1, doc_stride: 48}"),
+    ),
+    spec(
+        "a separator without several labels",
+        ("task: causal_lm", "task: sequence_classification"),
+        ("data:\n", "data:\n  label_separator: '|'\n"),
+    ),
+    spec("no share to hide", ("task: causal_lm", "task: {name: masked_lm, mask_probability: 0}")),
     spec("unknown strategy", ("precision: fp32", "strategy: zero4")),
     spec("unknown strategy as shorthand", ("parallel: {precision: fp32}", "parallel: fsdpp")),
     spec("a negative seed", more="seed: -1\n"),

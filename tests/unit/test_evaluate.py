@@ -24,8 +24,12 @@ from transformers import (
 )
 
 from launcher.data.prepare import prepare
+from launcher.data.prepared import open_prepared
 from launcher.data.train_pieces import train_sentencepiece
 from launcher.job.load import parse_spec
+from launcher.task import task_of
+from tests import task_data
+from tools.demo import save_untrained
 from tools.evaluate import main
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "seven", "wizards", "mix", "potions")
@@ -241,4 +245,60 @@ def test_prepared_data_of_another_tokenizer_or_task_is_refused(
     assert refusal(capsys, home / "gpt", "--prepared", folder, "--seq-len", 8) == (
         "--seq-len: 8 has no effect on prepared data, which was read and cut before; "
         "leave it out, or score files with --data"
+    )
+
+
+TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+EVERY_TASK: dict[str, tuple[str, dict[str, Any], str]] = {
+    # task -> (model, its options, a score that a model drawn at random has too)
+    "chat": ("gpt2", {"chat_template": "plain"}, "perplexity"),
+    "masked_lm": ("bert", {}, "perplexity"),
+    "regression": ("bert", {}, "spearman"),
+    "token_classification": ("bert", {}, "accuracy"),
+    "extractive_qa": ("bert", {"doc_stride": 8}, "f1"),
+    "preference": ("gpt2", {"chat_template": "plain"}, "reward_margin"),
+}
+
+
+@pytest.mark.parametrize("task", EVERY_TASK)
+def test_every_task_is_scored_on_prepared_data_and_on_files(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model with random weights, as a run begins with: the held-out samples score the same as the file they are from."""
+    family, options, score = EVERY_TASK[task]
+    data = str(task_data.write_rows(tmp_path / "rows.jsonl", task_data.rows_of(task, 30)))
+    sizes = TINY if family == "bert" else {"n_layer": 1, "n_embd": 16, "n_head": 2}
+    raw = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"from_config": {"model_type": family, **sizes}},
+        "task": {"name": task, **options},
+        "data": {"train": data, "validation": data, "train_tokenizer": {"kind": "bpe", "vocab_size": 400}},
+        "training": {"seq_len": 64, "global_batch_size": 2, "max_steps": 1},
+    }
+    spec = parse_spec(raw)
+    prepare(spec)
+    held = open_prepared(spec)
+    model = tmp_path / "model"
+    save_untrained(spec, task_of(spec, held.facts(spec.task)), held, model)
+    more: list[object] = []
+    if task == "preference":
+        save_untrained(spec.model_copy(update={"seed": 1}), task_of(spec), held, tmp_path / "before")
+        more = ["--reference", tmp_path / "before"]
+    capsys.readouterr()
+    of_folder = scored(capsys, model, "--prepared", held.folder, *more)
+    sets = [word for key, value in options.items() for word in ("--set", f"task.{key}={value}")]
+    of_file = scored(capsys, model, "--task", task, "--data", data, "--seq-len", 64, *sets, *more)
+    assert of_folder["num_samples"] == of_file["num_samples"] > 0
+    assert of_folder["metrics"] == pytest.approx(of_file["metrics"], nan_ok=True)
+    assert math.isfinite(of_folder["metrics"][score])
+
+
+def test_a_preference_needs_what_it_is_measured_against(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", home / "rows.jsonl")
+    assert refusal(capsys, home / "gpt", "--task", "preference", *data) == (
+        "--reference: is missing: a preference is measured against the model before it was trained; "
+        "give that model's folder"
+    )
+    assert refusal(capsys, home / "gpt", "--task", "causal_lm", *data, "--reference", home) == (
+        f"--reference: {home} has no effect on causal_lm: it belongs to preference; leave it out"
     )
