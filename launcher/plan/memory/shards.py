@@ -113,7 +113,7 @@ def largest_outside(cost: ModelCost) -> int:
     return max(sizes, default=0) if cost.tensors else trained_outside(cost)
 
 
-def persistent(cost: ModelCost, threshold: int) -> int:
-    """Elements of the parameters that are no larger than this."""
+def persistent(cost: ModelCost, threshold: int, num_ranks: int) -> int:
+    """Elements of the parameters that are no larger than this, gathered with their padding."""
     sizes = ((group.count, math.prod(group.shape)) for group in cost.tensors)
-    return sum(count * size for count, size in sizes if size <= threshold)
+    return sum(count * ceil_div(size, num_ranks) * num_ranks for count, size in sizes if size <= threshold)

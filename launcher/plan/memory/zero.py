@@ -133,8 +133,8 @@ def zero_3(cost: ModelCost, layout: Layout) -> State:
     kept = [
         *([] if layout.offload_params != "none" else [partitions(element, held)]),
         *([] if layout.offload_optimizer != "none" else [*optimiser_3(element, held, groups)]),
-        *([_secondary(cost, layout)] if layout.strategy == "hpz" else []),
-        *_live(cost, element),
+        *([_secondary(held, layout)] if layout.strategy == "hpz" else []),
+        *_live(cost, layout),
         Item(
             "reduction bucket",
             element * REDUCE_BUCKET_ELEMENTS,
@@ -163,17 +163,17 @@ def optimiser_3(element: int, held: Held, num_groups: int) -> list[Item]:
     ]
 
 
-def _secondary(cost: ModelCost, layout: Layout) -> Item:
-    part = -(-cost.num_params // layout.shard_group_size)
+def _secondary(held: Held, layout: Layout) -> Item:
+    part = held.all * layout.num_ranks // layout.shard_group_size
     words = "p P / g: all parameters once in every group"
     return Item("secondary copy", layout.element_bytes * part, words, f"{_PARTITION} ds_secondary_tensor")
 
 
-def _live(cost: ModelCost, element: int) -> list[Item]:
+def _live(cost: ModelCost, layout: Layout) -> list[Item]:
     """Released only when the next use is farther than the reuse distance, and gathered ahead up to the live limit."""
-    small = persistent(cost, PERSISTENT_ELEMENTS)
+    element, small = layout.element_bytes, persistent(cost, PERSISTENT_ELEMENTS, layout.num_ranks)
     needed = cost.outside_num_params + cost.block_num_params
-    live = min(cost.num_params - small, max(needed, MAX_LIVE_ELEMENTS))
+    live = min(max(0, cost.num_params - small), max(needed, MAX_LIVE_ELEMENTS))
     flat = min(PREFETCH_ELEMENTS + largest_tensor(cost), cost.num_params)
     return [
         Item("persistent parameters", element * small, "p x those of at most 1e5 elements", "deepspeed runtime/zero/parameter_offload.py mark_persistent_parameters"),
