@@ -134,13 +134,15 @@ class ExtractiveQA:
         return int((batch["labels"][:, 0] != IGNORED).sum())
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """`logits` (B, T, 2). Half the cross entropy of the first token and half that of the last, over all tokens."""
+        """`logits` (B, T, 2). Half the cross entropy of the first token and half that of the last, over all tokens but padding."""
         return self.losses(logits, batch).sum()
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         from torch.nn import functional
 
-        scores = logits.float().transpose(1, 2)  # (B, 2, T)
+        # no padding among the choices (run_qa leaves it in): a loss must not depend on what else is in the batch
+        is_token = batch["attention_mask"][:, :, None] == 1
+        scores = logits.float().masked_fill(~is_token, -1e30).transpose(1, 2)  # (B, 2, T)
         flat = functional.cross_entropy(
             scores.reshape(-1, scores.shape[-1]), batch["labels"].reshape(-1), ignore_index=IGNORED, reduction="none"
         )

@@ -107,8 +107,12 @@ def tags(model: Any, rows: Rows, case: Case) -> torch.Tensor:
 
 
 def answer(model: Any, rows: Rows, case: Case) -> torch.Tensor:
-    places = {f"{name}_positions": torch.tensor([row[name] for row in rows]) for name in ("start", "end")}
-    return own_loss(model, inputs(rows, is_pair=case.family == "bert"), **places)
+    """transformers' loss of each window alone: in a batch it would count padding among the choices."""
+    losses = []
+    for row in rows:
+        places = {f"{name}_positions": torch.tensor([row[name]]) for name in ("start", "end")}
+        losses.append(own_loss(model, inputs([row], is_pair=case.family == "bert"), **places))
+    return torch.stack(losses).mean()
 
 
 def logps(model: Any, rows: Rows) -> torch.Tensor:

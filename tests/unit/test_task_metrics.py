@@ -187,6 +187,7 @@ def windows(rows: list[tuple[int, list[float], list[float], str, list[str]]]) ->
     assert all(len(starts) == longest + 1 for _, starts, *_ in rows), "[CLS] and the words"
     return {
         "labels": torch.zeros(len(rows), 2, dtype=torch.int64),
+        "attention_mask": torch.ones(len(rows), longest + 1, dtype=torch.int64),
         "samples": torch.arange(len(rows)),
         "windows": torch.tensor([row[0] for row in rows]),
         "nulls": torch.zeros(len(rows), dtype=torch.int64),
