@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from launcher.command import data, doctor, launch, plan, spec, tools
+from launcher.command import cost, data, doctor, launch, plan, spec, tools
 from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, FleetuneError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command()(spec.init)
 app.command()(spec.schema)
 app.command()(plan.plan)
+app.command()(cost.cost)
 app.command()(data.prepare)
 app.add_typer(data.data_app, name="data")
 app.command()(launch.launch)

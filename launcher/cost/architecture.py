@@ -130,10 +130,12 @@ def head_class(name: str) -> Any:
 
 def blocks_of(model: Any) -> list[Any]:
     """The repeated transformer blocks: the members of the ModuleList that holds most parameters."""
+    return list(block_list(model) or ())
+
+
+def block_list(model: Any) -> Any:
+    """The ModuleList of the blocks; None for a model without one."""
     import torch
 
     lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
-    if not lists:
-        return []
-    largest: Any = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    return list(largest)
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)

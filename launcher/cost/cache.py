@@ -20,7 +20,7 @@ from launcher.job.resources import cache_dir
 from launcher.job.spec import JobSpec
 from launcher.spawn import run_python
 
-_FORMAT = 5  # raised when ModelCost or the way it is measured changes
+_FORMAT = 6  # raised when ModelCost or the way it is measured changes
 
 
 def cached_cost(spec: JobSpec) -> ModelCost:
@@ -48,6 +48,7 @@ def _key(spec: JobSpec) -> str:
         spec.task.name,
         labels,
         _identity(spec),
+        spec.data.packing,
         spec.method.model_dump(),
         _tokenizer(spec),
     ]

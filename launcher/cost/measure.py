@@ -1,12 +1,11 @@
-"""Measure a spec's model on fake tensors: shapes and dtypes are real, memory and arithmetic are not.
+"""Measure a spec's model without memory: counted on the meta device, traced on fake tensors.
 
-Run as `python -m launcher.cost.measure SPEC`; prints the JSON of a `ModelCost`. Method: forward under
-`torch.autograd.graph.saved_tensors_hooks` at four (micro-batch, length) points, bytes of the distinct storages that
-autograd keeps, fitted by `B (a T + b T^2) + c T + d T^2`. The attention mask is taken as if rows were padded: where
-none is, some models drop it and keep less. FLOPs are counted on the same runs (torch.utils.flop_counter: 2 m n k per
-product; attention in full, whatever is masked). On fake CPU tensors SDPA takes the
-fused kernel, which keeps its output and one number per row, as the CUDA kernels do; with attention dropout it takes
-the unfused one, so there the figure is that of a CPU run and above that of a GPU.
+Run as `python -m launcher.cost.measure`; prints the JSON of a `ModelCost`. Method: the real modules with few of their
+blocks (`reduced.py`) run forward, loss and backward under fake tensors, watched by `live.py`, at nine (micro-batch, length)
+points for every precision and recompute policy; the bytes are fitted exactly (`fit.py`). Attention is fused, as on a GPU;
+where this differs from what a CPU does, and for eager attention, there are traces of their own. Rows are taken as padded,
+unless the task packs them full: then the mask is left out, as transformers does. FLOPs are torch.utils.flop_counter's:
+2 m n k per product; attention in full, whatever is masked.
 """
 
 from __future__ import annotations
@@ -15,81 +14,283 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from transformers import masking_utils
 from transformers.initialization import no_init_weights
 
 from launcher.cost.architecture import blocks_of, head_class, in_short, model_config
-from launcher.cost.values import Flops, LinearInBatch, ModelCost, SavedBytes, TensorGroup
+from launcher.cost.fit import Point, envelope, fitted, lengths_up_to, parabola, points
+from launcher.cost.kernels import as_on_gpus
+from launcher.cost.reduced import Reduced, in_precision, reduced, whole
+from launcher.cost.trace import BLOCKS, EMBEDDINGS, LOSS, Trace, watched
+from launcher.cost.trainable import apply_method
+from launcher.cost.values import Flops, LinearInBatch, ModelCost, PeakBytes, SavedBytes, TensorGroup
 from launcher.errors import ABSENT, ModelError, UserError
 from launcher.job.load import parse_spec
 from launcher.job.spec import JobSpec
 from launcher.task import Facts, Task, task_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LONGEST_TRACE = 64  # tokens: little to run, enough to tell the linear from the quadratic
-WIDE = 17  # samples: far from 1, so that what is particular to a batch of one weighs little in the slope
+
+class Setting(NamedTuple):
+    """What a trace is made under."""
+
+    dtype: torch.dtype
+    autocast: bool = False
+    fused: bool = True
+    attention: str | None = None
+    """`eager`; None: what transformers chooses."""
+    recompute: bool = True
+    """Whether full recompute is traced as well."""
 
 
-def measure(spec: JobSpec, vocab_size: int | None) -> ModelCost:
+SETTINGS = {
+    "fp32": Setting(torch.float32),
+    "bf16": Setting(torch.bfloat16),
+    "autocast": Setting(torch.float32, autocast=True, recompute=False),
+    "fp32/cpu": Setting(torch.float32, fused=False, recompute=False),
+}
+EAGER = {
+    "fp32/eager": Setting(torch.float32, attention="eager"),
+    "bf16/eager": Setting(torch.bfloat16, attention="eager"),
+}
+"""Not asked for by any plan: engines train with what transformers chooses."""
+
+
+def measure(spec: JobSpec, vocab_size: int | None, settings: dict[str, Setting] = SETTINGS) -> ModelCost:
     """Cost of the spec's model. Raises `ModelError` when transformers cannot build or run it."""
     task = task_of(spec, Facts(labels=("one", "other")))  # two classes, where the spec leaves them to the data
     config = model_config(spec, vocab_size, task.config_overrides)
     if config.pad_token_id is None:
         config.pad_token_id = 0  # any will do: a decoder's classifier refuses several rows without one
-    saved = {}
-    for precision, dtype in DTYPES.items():
-        with FakeTensorMode(), no_init_weights():
-            model = _build(task, config, dtype)
-            saved[precision], flops = _fit_or_refuse(model)
-    return _counts(task, config, model, saved, flops)
+    model = apply_method(_build(task, config), spec.method)
+    bench = Bench(task, reduced(model), _mask(spec), _max_positions(config))
+    traced = {name: _fit_or_refuse(bench, model, setting) for name, setting in _wanted(settings, config).items()}
+    return _counts(task, config, model, bench, traced)
 
 
-def _build(task: Task, config: Any, dtype: torch.dtype) -> Any:
+def _build(task: Task, config: Any) -> Any:
     try:
-        model = head_class(task.auto_class).from_config(config, dtype=dtype, trust_remote_code=False).train()
+        with torch.device("meta"), no_init_weights():
+            model = head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, ImportError, AttributeError, TypeError) as error:
         rule = f"cannot be built for {task.name} ({in_short(error)})"
         way_out = "mend the config, or choose an architecture with this head"
         raise ModelError("model", config.model_type, rule, way_out) from None
     model.tie_weights()  # part of the initialisation that is left out here
-    return model
+    return model.train()
 
 
-def _fit_or_refuse(model: Any) -> tuple[SavedBytes, Flops]:
-    """Some modules cannot run without data (routing by value, kernels of one dtype): say so rather than guess."""
+def _wanted(settings: dict[str, Setting], config: Any) -> dict[str, Setting]:
+    """Where attention has no dropout, the CPU's kernel is fused like a GPU's: no trace of its own."""
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+    drops = any(getattr(config, name, 0) for name in names)
+    return {name: setting for name, setting in settings.items() if setting.fused or drops}
+
+
+def _mask(spec: JobSpec) -> str:
+    """What attention is told of the rows: `none` where they are full, `padding`, or `documents` that they hold."""
+    if spec.task.name != "causal_lm":
+        return "padding"
+    return {"concat": "none", "none": "padding"}.get(spec.data.packing, "documents")
+
+
+class Runs(NamedTuple):
+    """Traces by point, of one setting."""
+
+    plain: dict[Point, Trace]
+    recomputed: dict[Point, Trace]
+    """Empty where the architecture cannot recompute."""
+
+
+class Bench:
+    """A model with few blocks, run under any setting at any point."""
+
+    def __init__(self, task: Task, few: Reduced, mask: str, max_positions: int | None) -> None:
+        self.task, self.few, self.mask = task, few, mask
+        self.lengths = lengths_up_to(max_positions or 10**9)
+        self.derived: set[str] = set()
+
+    def runs(self, setting: Setting) -> Runs:
+        model = in_precision(self.few.model, setting.dtype)
+        if setting.attention:
+            model.set_attn_implementation(setting.attention)
+        plain = {point: self._run(model, setting, point) for point in points(self.lengths)}
+        again = {}
+        if setting.recompute and model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            again = {point: self._run(model, setting, point) for point in points(self.lengths)}
+        return Runs(plain, again)
+
+    def _run(self, model: Any, setting: Setting, point: Point) -> Trace:
+        batch = {name: tensor.to("meta") for name, tensor in _batch(self.task, *point).items()}
+        if self.mask != "padding":
+            del batch["attention_mask"]
+
+        def more_inputs() -> dict[str, Any]:
+            more: dict[str, Any] = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+            if self.mask == "documents":
+                rows, length = batch["input_ids"].shape
+                more |= _document_masks(model.config, rows, length, setting)
+            return more
+
+        @contextmanager
+        def kernels(count: Callable[[int], None]) -> Iterator[None]:
+            with as_on_gpus(setting.fused, setting.autocast, count) as derived:
+                yield
+            self.derived |= derived
+
+        with torch.device("meta"), _as_traced():
+            return whole(watched(model, self.task, batch, more_inputs, kernels), self.few.stands_for)
+
+
+@contextmanager
+def _as_traced() -> Iterator[None]:
+    """transformers looks whether a mask hides anything; where there are no values, it shall keep it."""
+    theirs = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
     try:
-        return _fit(model)
+        yield
+    finally:
+        masking_utils.is_tracing = theirs
+
+
+def _batch(task: Task, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+    """Rows of this length, through the task's own hands."""
+    stretched = {name for name, kind in task.columns.items() if kind in ("tokens", "bytes", "ints")}
+    rows = [
+        {name: [0] * seq_len if name in stretched else value for name, value in row.items()}
+        for row in task.dummy_rows(micro_batch_size)
+    ]
+    return task.collate(rows, 0)
+
+
+def _document_masks(config: Any, rows: int, length: int, setting: Setting) -> dict[str, Any]:
+    """One additive mask for each kind of attention, as packed rows get it."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ("full_attention",)))
+    dtype = torch.bfloat16 if setting.autocast else setting.dtype
+    masks = {kind: torch.zeros(rows, 1, length, length, dtype=dtype) for kind in kinds}
+    return {"attention_mask": masks if len(masks) > 1 else masks[kinds[0]]}
+
+
+def _fit_or_refuse(bench: Bench, model: Any, setting: Setting) -> tuple[SavedBytes, dict[str, PeakBytes], Flops]:
+    """Some modules cannot run without data (routing by value): say so rather than guess."""
+    try:
+        runs = bench.runs(setting)
     except (RuntimeError, NotImplementedError) as error:
         rule = f"cannot be traced without data ({in_short(error)})"
         raise ModelError(
             "model", type(model).__name__, rule, "choose another architecture: this one cannot be planned yet"
         ) from None
+    peaks = {"none": _peak(runs.plain)}
+    if runs.recomputed:
+        peaks["full"] = _peak(runs.recomputed)
+    return _saved(runs), peaks, _flops(runs.plain)
 
 
-def _counts(task: Task, config: Any, model: Any, saved: dict[str, SavedBytes], flops: Flops) -> ModelCost:
+def _saved(runs: Runs) -> SavedBytes:
+    def of(value: Callable[[Trace], int]) -> LinearInBatch:
+        return fitted({point: value(trace) for point, trace in runs.plain.items()})
+
+    kept = {
+        point: _in_blocks(trace) - (trace.after_forward - runs.recomputed[point].after_forward)
+        for point, trace in runs.plain.items()
+        if runs.recomputed
+    }
+    return SavedBytes(
+        blocks=of(_in_blocks),
+        outside=of(lambda trace: trace.saved[-1]),
+        block_inputs=of(lambda trace: sum(trace.inputs)),
+        recomputed=fitted(kept) if kept else None,
+    )
+
+
+def _in_blocks(trace: Trace) -> int:
+    return sum(size for number, size in trace.saved.items() if number >= 0)
+
+
+def _peak(traces: dict[Point, Trace]) -> PeakBytes:
+    def of(moment: str) -> tuple[LinearInBatch, ...]:
+        return envelope(
+            {point: [alive for when, alive in trace.course if when == moment] for point, trace in traces.items()}
+        )
+
+    return PeakBytes(loss=of(LOSS), blocks=of(BLOCKS), embeddings=of(EMBEDDINGS))
+
+
+def _flops(traces: dict[Point, Trace]) -> Flops:
+    """Per token. What grows with the square of the length is attention; a head of one answer counts at the longest."""
+    batch, longest = max(traces)
+    fits = {}
+    for way in ("forward", "backward"):
+        for inside in (True, False):
+            values = {
+                length: sum(count for part, count in trace.flops.items() if _counts_for(trace, part, way, inside))
+                / batch
+                for (rows, length), trace in traces.items()
+                if rows == batch
+            }
+            constant, linear, squared = parabola(values)
+            fits[way, inside] = (linear + constant / longest, squared)
+    return Flops(
+        blocks=fits["forward", True][0],
+        outside=fits["forward", False][0],
+        attention=fits["forward", True][1] + fits["forward", False][1],
+        blocks_backward=fits["backward", True][0],
+        outside_backward=fits["backward", False][0],
+        attention_backward=fits["backward", True][1] + fits["backward", False][1],
+    )
+
+
+def _counts_for(trace: Trace, part: tuple[str, int], way: str, inside: bool) -> bool:
+    return part[0] == way and (0 <= part[1] < len(trace.inputs)) == inside
+
+
+Traced = tuple[SavedBytes, dict[str, PeakBytes], Flops]
+
+
+def _counts(task: Task, config: Any, model: Any, bench: Bench, traced: dict[str, Traced]) -> ModelCost:
     blocks = blocks_of(model)
     block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     num_params = sum(p.numel() for p in model.parameters())
     return ModelCost(
-        architecture=type(model).__name__,
+        architecture=type(getattr(model, "get_base_model", lambda: model)()).__name__,
         num_params=num_params,
         num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_active_params=_active(model, config),
         num_blocks=len(blocks),
+        num_block_passes=_passes(config, len(blocks)),
         block_num_params=max(block_sizes, default=0),
         outside_num_params=num_params - sum(block_sizes),
         logits_width=task.logits_width(config),
         logits_per_token=task.logits_per_token,
         max_positions=_max_positions(config),
-        saved=saved,
-        flops=flops,
+        saved={name: saved for name, (saved, _, _) in traced.items()},
+        peak={name: peaks for name, (_, peaks, _) in traced.items()},
+        flops=traced["fp32"][2],
+        derived=tuple(sorted(bench.derived)),
         tensors=_tensors(model, blocks),
     )
+
+
+def _passes(config: Any, num_blocks: int) -> int | None:
+    """Blocks that share their weights are passed through again and again."""
+    return config.num_hidden_layers if config.num_hidden_layers != num_blocks else None
+
+
+def _active(model: Any, config: Any) -> int:
+    """All but the experts that a token does not meet: of E alike, stacked in one tensor, it meets `num_experts_per_tok`."""
+    total = sum(p.numel() for p in model.parameters())
+    met = getattr(config, "num_experts_per_tok", None)
+    for module in model.modules():
+        experts = getattr(module, "num_experts", None)
+        if met and experts and hasattr(module, "down_proj"):
+            stacked = sum(p.numel() for p in module.parameters(recurse=True) if p.dim() == 3 and p.shape[0] == experts)
+            total -= stacked * (experts - met) // experts
+    return total
 
 
 def _tensors(model: Any, blocks: list[Any]) -> tuple[TensorGroup, ...]:
@@ -104,114 +305,6 @@ def _max_positions(config: Any) -> int | None:
     if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
         return int(positions) - config.pad_token_id - 1
     return positions
-
-
-def _fit(model: Any) -> tuple[SavedBytes, Flops]:
-    """Exact in the length; exact in the batch at 1 and at WIDE, and above the truth by at most a few per cent between.
-
-    Not a straight line: a batch of one keeps views, of the fused query, key and value say, where others keep copies.
-    """
-    length_long = min(LONGEST_TRACE, _max_positions(model.config) or LONGEST_TRACE)
-    lengths = sorted({max(1, length_long // 2), length_long})
-    one, many = ({length: _trace(model, batch, length) for length in lengths} for batch in (1, WIDE))
-    fits = {}
-    for part in ("blocks", "outside", "block_inputs"):
-        per_sample = {length: (many[length][part] - one[length][part]) / (WIDE - 1) for length in lengths}
-        fixed = {length: one[length][part] - per_sample[length] for length in lengths}
-        fits[part] = LinearInBatch(*_through_origin(per_sample), *_through_origin(fixed))
-    return SavedBytes(**fits), _flops(many)
-
-
-def _flops(many: dict[int, dict[str, int]]) -> Flops:
-    """What grows with the square of the length is attention; a pooler, once per sample, counts at the longest trace."""
-    fits = {}
-    for part in ("block_flops", "outside_flops"):
-        per_sample = {length: counted[part] / WIDE for length, counted in many.items()}
-        per_token, squared = _through_origin(per_sample)
-        fits[part] = (per_token, squared) if squared > 0 else (per_sample[max(many)] / max(many), 0.0)
-    (blocks, in_blocks), (outside, elsewhere) = fits["block_flops"], fits["outside_flops"]
-    return Flops(blocks, outside, in_blocks + elsewhere)
-
-
-def _through_origin(values: dict[int, float]) -> tuple[float, float]:
-    """(a, b) such that `a T + b T^2` is the value at each of the one or two lengths T."""
-    rates = {length: value / length for length, value in values.items()}
-    if len(rates) == 1:
-        return rates.popitem()[1], 0.0
-    (short, low), (long, high) = rates.items()
-    squared = (high - low) / (long - short)
-    return low - squared * short, squared
-
-
-def _trace(model: Any, micro_batch_size: int, seq_len: int) -> dict[str, int]:
-    """Bytes kept for backward by one forward pass, and its FLOPs, by part."""
-    recorder = _Recorder(model)
-    ids = torch.zeros(micro_batch_size, seq_len, dtype=torch.long)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if hasattr(model.config, "use_cache"):
-        inputs["use_cache"] = False
-    with (
-        recorder.attached(),
-        torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
-        recorder.counter,
-    ):
-        model(**inputs)
-    in_blocks = recorder.block_flops
-    return {
-        **recorder.num_bytes,
-        "block_flops": in_blocks,
-        "outside_flops": recorder.counter.get_total_flops() - in_blocks,
-    }
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """From the shapes of batch, heads, length and width of a head. The counter knows every fused kernel but the CPU's."""
-    batch, heads, length, width = query
-    return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
-
-
-class _Recorder:
-    """Counts each storage once, for the part of the model that was running when it was first kept."""
-
-    def __init__(self, model: Any) -> None:
-        self.blocks = blocks_of(model)
-        self.seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self.alive: list[torch.Tensor] = []  # a freed fake storage's address could be given out again
-        self.part = "outside"
-        self.num_bytes = {"blocks": 0, "outside": 0, "block_inputs": 0}
-        self.counter = FlopCounterMode(
-            display=False,
-            custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops},
-        )
-        self.block_flops = 0
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.alive.append(tensor)
-            self.num_bytes[self.part] += storage.nbytes()
-        return tensor
-
-    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.num_bytes["block_inputs"] += hidden.nbytes
-        self.part = "blocks"
-        self.block_flops -= self.counter.get_total_flops()
-
-    def _leave(self, *_: Any) -> None:
-        self.part = "outside"
-        self.block_flops += self.counter.get_total_flops()
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        hooks = [block.register_forward_pre_hook(self._enter, with_kwargs=True) for block in self.blocks]
-        hooks += [block.register_forward_hook(self._leave) for block in self.blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _vocab_size(spec: JobSpec, trained: int | None) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LinearInBatch:
-    """Bytes as a function of micro-batch B and sequence length T: `B (a T + b T^2) + c T + d T^2` for B >= 2."""
+    """Bytes as a function of micro-batch B and sequence length T: `B (e + a T + b T^2) + f + c T + d T^2` for B >= 2."""
 
     per_token: float
     """a"""
@@ -18,15 +18,25 @@ class LinearInBatch:
     """c: what does not grow with the batch, such as tables of positions."""
     fixed_per_token_squared: float = 0.0
     """d: masks, say."""
-    one_per_token: float | None = None
-    """A batch of one keeps views where others keep copies: `T` and `T^2` of its own; None: no different."""
-    one_per_token_squared: float | None = None
+    per_sample: float = 0.0
+    """e: what a head of one answer per sample keeps."""
+    fixed: float = 0.0
+    """f"""
+    one: tuple[float, float, float] | None = None
+    """A batch of one keeps views where others keep copies: its own (constant, per T, per T^2); None: no different."""
+    window: int | None = None
+    """Longest sequence that a sliding window does not cut, where this matters; `beyond` holds above it."""
+    beyond: LinearInBatch | None = None
+    """Above the window, where layers need a mask that they do without below."""
 
     def at(self, micro_batch_size: int, seq_len: int) -> int:
-        if micro_batch_size == 1 and self.one_per_token is not None:
-            return max(0, round(seq_len * (self.one_per_token + (self.one_per_token_squared or 0.0) * seq_len)))
-        per_sample = seq_len * (self.per_token + self.per_token_squared * seq_len)
-        fixed = seq_len * (self.fixed_per_token + self.fixed_per_token_squared * seq_len)
+        if self.beyond is not None and self.window is not None and seq_len > self.window:
+            return self.beyond.at(micro_batch_size, seq_len)
+        if micro_batch_size == 1 and self.one is not None:
+            constant, linear, squared = self.one
+            return max(0, round(constant + seq_len * (linear + squared * seq_len)))
+        per_sample = self.per_sample + seq_len * (self.per_token + self.per_token_squared * seq_len)
+        fixed = self.fixed + seq_len * (self.fixed_per_token + self.fixed_per_token_squared * seq_len)
         return max(0, round(micro_batch_size * per_sample + fixed))
 
 
@@ -84,6 +94,8 @@ class Flops:
     """Matrix products in the blocks' backward pass; None: twice the forward's, as when every weight is trained."""
     outside_backward: float | None = None
     """The same outside the blocks."""
+    attention_backward: float | None = None
+    """Attention's backward, as `attention`; None: 2.5 times as much, the scores formed again. Less where blocks are frozen."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +131,12 @@ class ModelCost:
     """Longest sequence that the model has positions for; None when it has no such bound."""
     saved: dict[str, SavedBytes]
     """By trace: `fp32` and `bf16` (parameters in it), `autocast` (fp32 parameters, bf16 products) with fused attention, as
-    on GPUs; `fp32/cpu` where the CPU has no fused kernel for this model, `fp32/eager` and `bf16/eager` without fusing."""
+    on GPUs; `fp32/cpu` where the CPU has no fused kernel for this model, which has dropout in attention."""
     flops: Flops
     """The same in every precision."""
     peak: dict[str, dict[str, PeakBytes]] = field(default_factory=dict)
-    """By trace as in `saved`, then by recompute policy, `none` and `full`; empty where only sizes are known. Without `full`
-    the architecture cannot recompute its blocks."""
+    """By trace as in `saved`, then by recompute policy, `none` and `full`; empty where only sizes are known. `fp32` and `bf16`
+    have both where the architecture can recompute its blocks, the others `none` alone."""
     loss_bytes_per_logit: int | None = None
     """What the loss holds of each logit, where the model brings a loss of its own; None: the plain loss of `launcher.task`."""
 
@@ -172,9 +184,14 @@ class ModelCost:
 
 
 def _saved(raw: dict[str, Any]) -> SavedBytes:
-    parts: dict[str, Any] = {part: LinearInBatch(**one) if one else None for part, one in raw.items()}
+    parts: dict[str, Any] = {part: _function(one) if one else None for part, one in raw.items()}
     return SavedBytes(**parts)
 
 
 def _peak(raw: dict[str, Any]) -> PeakBytes:
-    return PeakBytes(**{name: tuple(LinearInBatch(**one) for one in moments) for name, moments in raw.items()})
+    return PeakBytes(**{name: tuple(_function(one) for one in moments) for name, moments in raw.items()})
+
+
+def _function(raw: dict[str, Any]) -> LinearInBatch:
+    one, beyond = raw["one"], raw["beyond"]
+    return LinearInBatch(**{**raw, "one": tuple(one) if one else None, "beyond": _function(beyond) if beyond else None})

@@ -1,0 +1,93 @@
+"""Every architecture that is promised: counts of the model that is built, and a trace of few blocks that stands for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.cost import measure as measuring
+from launcher.cost.architecture import blocks_of, head_class, model_config
+from launcher.cost.measure import SETTINGS, measure
+from launcher.cost.reduced import Reduced
+from launcher.job import JobSpec
+from launcher.task import Facts, task_of
+from tests.unit.costs import spec_of
+
+WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 128}
+LAYERS = {"num_hidden_layers": 5}
+GROUPED = {**WIDE, **LAYERS, "num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 8}
+BERT = {**WIDE, **LAYERS}
+EXPERTS = {"num_experts_per_tok": 2}
+DECODERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 5, "n_embd": 32, "n_head": 4, "n_positions": 128},
+    "gpt_neox": BERT,
+    "opt": {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, **LAYERS},
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 5},
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, **LAYERS},
+    "llama": GROUPED,
+    "mistral": {**HEADS, "sliding_window": None},
+    "mixtral": {**HEADS, **EXPERTS, "num_local_experts": 4},
+    "qwen2": GROUPED,
+    "qwen3": HEADS,
+    "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
+    "gemma2": HEADS,
+    "gemma3_text": HEADS,
+    "phi3": {**GROUPED, "pad_token_id": 0},
+    "olmo2": GROUPED,
+    "smollm3": {**GROUPED, "pad_token_id": 0},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": {**BERT, "max_position_embeddings": 130},
+    "distilbert": {"dim": 32, "n_layers": 5, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 128},
+    "electra": {**BERT, "embedding_size": 16},
+    "albert": {**BERT, "embedding_size": 16},
+    "deberta-v2": {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "modernbert": {**BERT, "pad_token_id": 0},
+}
+EVERY = {**DECODERS, **ENCODERS}
+FP32 = {"fp32": SETTINGS["fp32"]}
+
+
+def spec_for(model_type: str) -> JobSpec:
+    task: Any = {"name": "sequence_classification", "labels": ["a", "b"]} if model_type in ENCODERS else "causal_lm"
+    return spec_of(model={"from_config": {"model_type": model_type, "vocab_size": 96, **EVERY[model_type]}}, task=task)
+
+
+def built(spec: JobSpec) -> Any:
+    task = task_of(spec, Facts())
+    config = model_config(spec, None, task.config_overrides)
+    with torch.device("meta"):
+        return head_class(task.auto_class).from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_counts_and_traces(model_type: str) -> None:
+    """Parameters of all kinds; a trace that says what blocks keep, with and without recompute."""
+    spec = spec_for(model_type)
+    cost, model = measure(spec, None, FP32), built(spec)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    assert cost.architecture == type(model).__name__
+    assert cost.num_params == cost.num_trainable_params == sum(p.numel() for p in model.parameters())
+    assert (cost.num_blocks, cost.block_num_params) == (len(blocks), max(blocks))
+    assert cost.outside_num_params + sum(blocks) == cost.num_params
+    assert sum(group.count * torch.Size(group.shape).numel() for group in cost.tensors) == cost.num_params
+    assert cost.saved["fp32"].blocks.at(2, 64) > 5 * 2 * 64 * 32 * 4
+    assert set(cost.peak["fp32"]) == {"none", "full"}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "albert", "gemma2"])
+def test_few_blocks_stand_for_all(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace of two blocks of each kind is, byte for byte, that of all."""
+    spec = spec_for(model_type)
+    cost = measure(spec, None, FP32)
+    monkeypatch.setattr(measuring, "reduced", lambda model: Reduced(model, (0,) * cost.num_blocks))
+    every = measure(spec, None, FP32)
+    assert every.saved == cost.saved
+    assert every.flops == cost.flops
+    for policy, peak in every.peak["fp32"].items():
+        for point in [(1, 64), (2, 100), (7, 128)]:
+            assert peak.at(*point) == cost.peak["fp32"][policy].at(*point)
