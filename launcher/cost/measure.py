@@ -143,19 +143,20 @@ class Bench:
                 yield
             self.derived |= derived
 
-        with torch.device("meta"), _as_traced():
+        with torch.device("meta"), _without_values(self.mask):
             return whole(watched(model, self.task, batch, more_inputs, kernels), self.few.stands_for)
 
 
 @contextmanager
-def _as_traced() -> Iterator[None]:
-    """transformers looks whether a mask hides anything; where there are no values, it shall keep it."""
-    theirs = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: True
+def _without_values(mask: str) -> Iterator[None]:
+    """transformers looks whether rows are packed or padded, and leaves the mask out where they are not: said here."""
+    name, answer = ("find_packed_sequence_indices", None) if mask == "none" else ("is_tracing", True)
+    theirs = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda *_, **__: answer)
     try:
         yield
     finally:
-        masking_utils.is_tracing = theirs
+        setattr(masking_utils, name, theirs)
 
 
 def _batch(task: Task, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
