@@ -32,7 +32,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mixtral": {**HEADS, **EXPERTS, "num_local_experts": 4},
     "qwen2": GROUPED,
     "qwen3": HEADS,
-    "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
+    "qwen3_moe": {**GROUPED, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
     "gemma2": HEADS,
     "gemma3_text": HEADS,
     "phi3": {**GROUPED, "pad_token_id": 0},
