@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # DeepSpeed's ops take minutes to compile and are nobody's secret: where torch keeps them, before a session's own cache.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 _BUILD = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_CACHE / "torch_extensions" / _BUILD))
+_OPS = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_CACHE / "torch_extensions" / _BUILD)))
+_LONGEST_BUILD_SECONDS = 900
+for _lock in _OPS.glob("*/lock"):  # a build that was killed leaves its lock, and torch waits for it without end
+    with contextlib.suppress(OSError):
+        if time.time() - _lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+            _lock.unlink()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -139,3 +139,13 @@ def block_list(model: Any) -> Any:
 
     lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
+
+
+def enable_recompute(model: Any) -> None:
+    """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports)."""
+    model.config.use_cache = False
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20 or so; the old one warns
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

@@ -64,11 +64,11 @@ def as_on_gpus(fused: bool, autocast: bool, count: Callable[[int], None]) -> Ite
         return torch.ops.transformers.grouped_mm_fallback(half(rows), half(weight), offs=offs)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(functional, "scaled_dot_product_attention", attention))
+        stack.enter_context(replaced(functional, "scaled_dot_product_attention", attention))
         if hasattr(functional, "grouped_mm"):
-            stack.enter_context(_replaced(functional, "grouped_mm", grouped))
+            stack.enter_context(replaced(functional, "grouped_mm", grouped))
         for home, name in _HALVED if autocast else ():
-            stack.enter_context(_replaced(home, name, _halved(getattr(home, name))))
+            stack.enter_context(replaced(home, name, _halved(getattr(home, name))))
         yield derived
 
 
@@ -86,7 +86,8 @@ def _in_bf16(value: Any) -> Any:
 
 
 @contextmanager
-def _replaced(home: Any, name: str, ours: Any) -> Iterator[None]:
+def replaced(home: Any, name: str, ours: Any) -> Iterator[None]:
+    """One attribute of a module or class, for a while."""
     theirs = getattr(home, name)
     setattr(home, name, ours)
     try:

@@ -33,6 +33,7 @@ class Live(TorchDispatchMode):
         self._own = {_address(tensor) for tensor in there}
         self._weights = {_address(tensor) for tensor in weights}
         self._numbers: dict[int, int] = {}
+        self._sizes: list[int] = []
         self._watches: dict[int, weakref.ref[Any]] = {}
         self._counts: dict[Any, Count | None] = {}
         self._started = 0
@@ -62,6 +63,7 @@ class Live(TorchDispatchMode):
         number = self._numbers[address] = self._started
         self._started += 1
         size = 0 if is_cast else storage.nbytes()
+        self._sizes.append(size)
         self._watches[address] = weakref.ref(storage, lambda _: self._end(address, number, size))
         self._change(number, size)
 
@@ -73,6 +75,10 @@ class Live(TorchDispatchMode):
         if size:
             self.num_bytes += size
             self.changes.append((number, size, self.part))
+
+    def size_of(self, number: int) -> int:
+        """Bytes of a storage, as they are counted."""
+        return self._sizes[number]
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """Of its storage; None for one that was there before."""

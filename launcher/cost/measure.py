@@ -15,16 +15,16 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
-from launcher.cost.architecture import blocks_of, head_class, in_short, model_config
+from launcher.cost.architecture import blocks_of, enable_recompute, head_class, in_short, model_config
 from launcher.cost.fit import Point, envelope, fitted, lengths_up_to, parabola, points
-from launcher.cost.kernels import as_on_gpus
+from launcher.cost.kernels import as_on_gpus, replaced
 from launcher.cost.reduced import Reduced, in_precision, reduced, whole
 from launcher.cost.trace import BLOCKS, EMBEDDINGS, LOSS, Trace, watched
 from launcher.cost.trainable import apply_method
@@ -121,7 +121,7 @@ class Bench:
         plain = {point: self._run(model, setting, point) for point in points(self.lengths)}
         again = {}
         if setting.recompute and model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_recompute(model)
             again = {point: self._run(model, setting, point) for point in points(self.lengths)}
         return Runs(plain, again)
 
@@ -149,14 +149,12 @@ class Bench:
 
 @contextmanager
 def _without_values(mask: str) -> Iterator[None]:
-    """transformers looks whether rows are packed or padded, and leaves the mask out where they are not: said here."""
+    """transformers looks into the rows: packed or padded? padding without a mask? Nothing is there to be looked at."""
     name, answer = ("find_packed_sequence_indices", None) if mask == "none" else ("is_tracing", True)
-    theirs = getattr(masking_utils, name)
-    setattr(masking_utils, name, lambda *_, **__: answer)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(masking_utils, name, lambda *_, **__: answer))
+        stack.enter_context(replaced(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_, **__: None))
         yield
-    finally:
-        setattr(masking_utils, name, theirs)
 
 
 def _batch(task: Task, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
@@ -302,7 +300,7 @@ def _tensors(model: Any, blocks: list[Any]) -> tuple[TensorGroup, ...]:
 
 def _max_positions(config: Any) -> int | None:
     """RoBERTa's family starts its positions after the padding id, so two of its rows are never reached."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
         return int(positions) - config.pad_token_id - 1
     return positions

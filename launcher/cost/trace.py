@@ -82,7 +82,7 @@ class _Watch:
         number = self.live.number_of(tensor)
         if number is not None and number not in self.seen:
             self.seen.add(number)
-            self.trace.saved[self.live.part[1]] += tensor.untyped_storage().nbytes()
+            self.trace.saved[self.live.part[1]] += self.live.size_of(number)
         return tensor.detach()  # the tensor itself would hold on to its own graph
 
     @contextmanager

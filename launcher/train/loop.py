@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from launcher.cost.architecture import enable_recompute
 from launcher.data.prepared import PreparedData, open_prepared
 from launcher.data.stream import BatchStream, Prefetcher, eval_batches
 from launcher.data.training import TrainingData, is_packed, open_training
@@ -41,7 +42,7 @@ from launcher.train.checkpoint import (
 from launcher.train.engine import Engine, has_segments, make_engine
 from launcher.train.leak_check import check_isolation
 from launcher.train.manifest import VERSION, Manifest, Saved
-from launcher.train.model import build_model, enable_recompute
+from launcher.train.model import build_model
 from launcher.train.optim import learning_rate
 from launcher.train.peak import device_peaks
 from launcher.train.preempt import StopFlag

@@ -75,12 +75,3 @@ def _check_vocabulary(model: Any, data: PreparedData) -> None:
             f"tokens are more than the model's {rows} embeddings",
             "use the model's own tokenizer",
         )
-
-
-def enable_recompute(model: Any) -> None:
-    """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports).
-
-    It needs no gradient at a block's input, so frozen embeddings ask for nothing more.
-    """
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

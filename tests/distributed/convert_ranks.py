@@ -76,6 +76,7 @@ def run_zero(out: Path, name: str, stage: int, bf16: bool = False) -> None:
         "bf16": {"enabled": bf16},
     }
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, and is not used
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.backward(engine(**batch(name)).loss)
     engine.step()

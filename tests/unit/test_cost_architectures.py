@@ -76,7 +76,7 @@ def test_counts_and_traces(model_type: str) -> None:
     assert cost.outside_num_params + sum(blocks) == cost.num_params
     assert sum(group.count * torch.Size(group.shape).numel() for group in cost.tensors) == cost.num_params
     assert cost.saved["fp32"].blocks.at(2, 64) > 5 * 2 * 64 * 32 * 4
-    assert set(cost.peak["fp32"]) == {"none", "full"}
+    assert set(cost.peak["fp32"]) == ({"none", "full"} if model.supports_gradient_checkpointing else {"none"})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "albert", "gemma2"])

@@ -320,7 +320,7 @@ def test_a_model_of_405b_is_planned_over_thousands_of_ranks(nodes: int, batch: i
     )
     plan = make_plan(spec, llama_405b(), with_ample_ram(load_cluster("h100-80")))
     assert plan.num_params == pytest.approx(405.85e9, rel=1e-4)
-    assert plan.chosen.strategy in ("fsdp", "zero3")
+    assert plan.chosen.strategy in ("fsdp", "hsdp", "zero3")  # in groups the rings are shorter, and so the latency
     assert plan.chosen.layout.precision == "bf16"
     assert plan.chosen.memory.total_bytes < 78.1 * GIB
 
