@@ -23,7 +23,8 @@ def model_config(spec: JobSpec, vocab_size: int | None = None, overrides: dict[s
     """
     if spec.model.path is not None:
         return config_of_folder(spec.model.path, overrides or {})
-    return _config_from_dict(dict(_raw_config(spec.model)), vocab_size, overrides or {})
+    is_file = isinstance(spec.model.from_config, str)
+    return _config_from_dict(dict(_raw_config(spec.model)), vocab_size, overrides or {}, strict=not is_file)
 
 
 def config_of_folder(path: str, overrides: dict[str, Any], where: str = "model.path") -> Any:
@@ -62,7 +63,8 @@ def _raw_config(model: ModelSection) -> dict[str, Any]:
     return raw
 
 
-def _config_from_dict(raw: dict[str, Any], vocab_size: int | None, overrides: dict[str, Any]) -> Any:
+def _config_from_dict(raw: dict[str, Any], vocab_size: int | None, overrides: dict[str, Any], strict: bool) -> Any:
+    """strict: refuse keys that the architecture does not know. Published files have keys of other releases."""
     from transformers import AutoConfig
 
     model_type = raw.pop("model_type", None)
@@ -77,7 +79,8 @@ def _config_from_dict(raw: dict[str, Any], vocab_size: int | None, overrides: di
             "is no architecture of the installed transformers",
             _nearest(model_type),
         ) from None
-    _refuse_unknown_keys(raw, default)
+    if strict:
+        _refuse_unknown_keys(raw, default)
     if vocab_size is not None:
         if not hasattr(default, "vocab_size"):
             rule, way_out = (
@@ -107,6 +110,7 @@ def _refuse_unknown_keys(raw: dict[str, Any], default: Any) -> None:
         set(default.to_dict())
         | set(default.attribute_map)
         | {"architectures", "transformers_version", "dtype", "torch_dtype"}
+        | {"head_dim"}  # which some modules read though their config does not declare it
     )
     for key in raw:
         if key not in known and not hasattr(default, key):

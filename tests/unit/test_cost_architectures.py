@@ -51,6 +51,64 @@ ENCODERS: dict[str, dict[str, Any]] = {
 EVERY = {**DECODERS, **ENCODERS}
 FP32 = {"fp32": SETTINGS["fp32"]}
 
+LLAMA_3 = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "gpt2": ({"model_type": "gpt2"}, 124_439_808, 124_439_808),
+    "llama-3-8b": (
+        {
+            **LLAMA_3,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+        8_030_261_248,
+        8_030_261_248,
+    ),
+    "llama-3-70b": (
+        {
+            **LLAMA_3,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+        70_553_706_496,
+        70_553_706_496,
+    ),
+    "mixtral-8x7b": (
+        {
+            "model_type": "mixtral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "vocab_size": 32000,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        46_702_792_704,
+        12_879_925_248,
+    ),
+    "qwen3-30b-a3b": (
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "vocab_size": 151936,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": False,
+        },
+        30_532_122_624,
+        3_353_032_704,
+    ),
+}
+"""Config -> parameters, and those that a token meets, as their makers' model cards and weight files have them."""
+
 
 def spec_for(model_type: str) -> JobSpec:
     task: Any = {"name": "sequence_classification", "labels": ["a", "b"]} if model_type in ENCODERS else "causal_lm"
@@ -77,6 +135,13 @@ def test_counts_and_traces(model_type: str) -> None:
     assert sum(group.count * torch.Size(group.shape).numel() for group in cost.tensors) == cost.num_params
     assert cost.saved["fp32"].blocks.at(2, 64) > 5 * 2 * 64 * 32 * 4
     assert set(cost.peak["fp32"]) == ({"none", "full"} if model.supports_gradient_checkpointing else {"none"})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    config, num_params, num_active_params = PUBLISHED[name]
+    cost = measure(spec_of(model={"from_config": config}), None, FP32)
+    assert (cost.num_params, cost.num_active_params) == (num_params, num_active_params)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "albert", "gemma2"])
