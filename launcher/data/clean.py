@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.errors import DataError
+from launcher.errors import DataError, SpecError
 from launcher.job.spec import CleanSection
 from launcher.task import Record
 
@@ -97,7 +97,11 @@ class Cleaner:
         self._near = np.array(judged, dtype=np.bool_)
 
     def _near_from(self, threshold: float) -> Callable[[int, str], bool]:
-        from datasketch import MinHash, MinHashLSH
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ModuleNotFoundError:
+            rule, way_out = "needs the package datasketch", "pip install 'fleetune[dedupe]', or leave it out"
+            raise SpecError("data.clean.near_duplicates", threshold, rule, way_out) from None
 
         index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
         kept: dict[int, Any] = {}

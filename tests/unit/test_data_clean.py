@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,10 @@ def test_a_pattern_that_is_none() -> None:
         SpecError, match=r"data\.clean: has a `keep_matching` that is no regular expression \(.*\); mend it"
     ):
         spec_of(data={"clean": {"keep_matching": "("}})
+
+
+def test_near_duplicates_ask_for_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra that is not installed is the user's to install: one message, no traceback."""
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(SpecError, match=r"near_duplicates: 0.8 needs the package datasketch; pip install"):
+        cleaned(["one text", "another"], near_duplicates=0.8)

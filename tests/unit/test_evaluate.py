@@ -217,9 +217,7 @@ def test_sources_of_samples_that_will_not_do_are_refused(
     )
     empty = tmp_path / "empty.txt"
     empty.touch()
-    assert refusal(capsys, model, *task, "--data", empty) == (
-        f"--data: {empty} holds no sample to score; give files with text in them"
-    )
+    assert refusal(capsys, model, *task, "--data", empty) == (f"{empty}: is empty; give files with text in them")
     assert refusal(capsys, model, "--data", rows) == (
         "--task: is missing; give one of causal_lm, chat, masked_lm, sequence_classification, regression, token_classification, extractive_qa, preference"
     )
