@@ -106,7 +106,7 @@ def kill_tree(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def run_ranks(argv: list[str], log: Path, timeout_seconds: float = 300) -> int:
+def run_ranks(argv: list[str], log: Path, timeout_seconds: float = 900) -> int:
     """Run to the end and return the exit code."""
     with started(argv, log) as child:
         return child.wait(timeout=timeout_seconds)
