@@ -149,7 +149,7 @@ def enable_recompute(model: Any) -> None:
     """Keep only the inputs of the blocks for backward (non-reentrant checkpointing, which every engine supports)."""
     model.config.use_cache = False
     kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20 or so; the old one warns
+    if hasattr(model, "activation_checkpointing_enable"):  # its newer name: the old one warns
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

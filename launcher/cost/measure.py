@@ -1,7 +1,7 @@
-"""Measure a spec's model without memory: counted on the meta device, traced on fake tensors.
+"""Measure a spec's model without memory: counted and traced on the meta device, where tensors are shapes alone.
 
 Run as `python -m launcher.cost.measure`; prints the JSON of a `ModelCost`. Method: the real modules with few of their
-blocks (`reduced.py`) run forward, loss and backward under fake tensors, watched by `live.py`, at nine (micro-batch, length)
+blocks (`reduced.py`) run forward, loss and backward there, watched by `live.py`, at nine (micro-batch, length)
 points for every precision and recompute policy; the bytes are fitted exactly (`fit.py`). Attention is fused, as on a GPU;
 where this differs from what a CPU does, and for eager attention, there are traces of their own. Rows are taken as padded,
 unless the task packs them full: then the mask is left out, as transformers does. FLOPs are torch.utils.flop_counter's:

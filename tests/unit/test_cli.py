@@ -71,6 +71,29 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f" {command} " in shown
 
 
+def test_cost_is_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The documented keys; adapters train less; a model that has no such head is refused by name."""
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, "intermediate_size": 48, "vocab_size": 96, "tie_word_embeddings": False}))
+    with measured_here():
+        assert fleetune("cost", path, "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert fleetune("cost", path, "--method", "lora", "--json") == 0
+        adapted = json.loads(capsys.readouterr().out)
+        assert fleetune("cost", path) == 0
+        assert f"  {facts['num_params']:,}" in capsys.readouterr().out
+        path.write_text(json.dumps({"model_type": "t5"}))
+        assert fleetune("cost", path) == 2
+    assert "t5 cannot be built for causal_lm" in capsys.readouterr().err
+    assert facts["num_params"] == facts["num_trainable_params"] == facts["num_active_params"]
+    assert facts["num_params"] == 2 * facts["block_num_params"] + facts["outside_num_params"]
+    assert facts["flops"]["backward"]["blocks"] == 2 * facts["flops"]["forward"]["blocks"]
+    adapters = 2 * 16 * (4 * (32 + 32) + 3 * (32 + 48))  # r (in + out) for each linear layer of two blocks
+    assert (adapted["num_trainable_params"], adapted["num_params"]) == (adapters, facts["num_params"] + adapters)
+    assert adapted["flops"]["backward"]["outside"] == adapted["flops"]["forward"]["outside"]
+
+
 def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert fleetune("schema") == 0
     assert set(json.loads(capsys.readouterr().out)["required"]) == {"output_dir", "model", "task", "data", "training"}
