@@ -18,6 +18,7 @@ from launcher.cost.cache import cache_path, cached_cost
 from launcher.cost.measure import SETTINGS, measure
 from launcher.errors import FleetuneError, ModelError, UserError
 from launcher.job import JobSpec
+from launcher.job.tasks import FIELDS
 from launcher.task import Facts, task_of
 from tests.unit.costs import llama_405b, small_cost, spec_of
 
@@ -65,6 +66,17 @@ def test_counts_are_those_of_the_model_that_is_built(model_type: str) -> None:
     assert cost.outside_num_params + sum(blocks) == cost.num_params
     assert (cost.logits_width, cost.logits_per_token) == ((3, False) if model_type in BERTS else (VOCAB, True))
     assert cost.max_positions is None or cost.max_positions == 128
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_every_task_is_measured(name: str) -> None:
+    """A loss that looks at values has none to look at on the meta device."""
+    model_type = "bert" if name == "masked_lm" else "gpt2"
+    task = {"name": name, **({"chat_template": "plain"} if name in ("chat", "preference") else {})}
+    spec = spec_for(model_type, task=task)
+    cost = measure(spec, None, {"fp32": SETTINGS["fp32"]})
+    assert cost.num_params == sum(p.numel() for p in built(spec).parameters())
+    assert cost.saved["fp32"].blocks.at(2, 64) > 0
 
 
 def test_tied_weights_count_once() -> None:
