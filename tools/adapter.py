@@ -17,9 +17,9 @@ import transformers
 from safetensors.torch import save_file
 
 from launcher.errors import ABSENT, CheckpointError
+from launcher.stored.records import StoredBytes
+from launcher.stored.tensors import TensorEntry, TensorSource
 from launcher.train.base import ADAPTER, check_base_files
-from tools.formats.stored import StoredBytes
-from tools.formats.tensors import TensorEntry, TensorSource
 
 OPENERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",

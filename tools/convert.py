@@ -2,7 +2,7 @@
 
     python -m tools.convert zero:runs/a/checkpoints/step-00000020 hf:out --dtype bf16
 
-Formats are known by `tools/formats`; this file decides what is written, in which order, and that OUT appears whole or
+Layouts are known by `launcher/stored`, models by `tools/formats`; this file decides what is written, in which order, and that OUT appears whole or
 not at all.
 """
 
@@ -28,9 +28,11 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
 from launcher.errors import ABSENT, EXIT_DONE, EXIT_OURS, CheckpointError, UserError
+from launcher.stored.dcp import DcpSource
+from launcher.stored.tensors import Progress, TensorEntry, TensorSource
+from launcher.stored.zero import ZeroSource
 from launcher.train.manifest import read_saved
 from tools.adapter import OPENERS, MergedSource, has_adapter, read_adapted, write_adapter
-from tools.formats.dcp import DcpSource
 from tools.formats.expected import Expected, check_tied, choose, expected_tensors
 from tools.formats.hf import (
     DTYPE_NAMES,
@@ -44,8 +46,6 @@ from tools.formats.hf import (
     write_side_files,
 )
 from tools.formats.locate import Checkpoint, Kind, locate, verify
-from tools.formats.tensors import Progress, TensorEntry, TensorSource
-from tools.formats.zero import ZeroSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9  # the 5GB of save_pretrained before transformers 5; small enough for any file system

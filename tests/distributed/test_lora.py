@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from launcher.data.prepare import prepare
 from launcher.errors import CheckpointError
 from launcher.job import load_spec, parse_spec
+from launcher.stored.dcp import DcpSource
+from launcher.stored.zero import ZeroSource
 from launcher.task import task_of
 from tests.distributed.test_parity import RANKS, RELATIVE, STEPS, plain_model, plain_run
 from tests.support import job, records, run_ranks, torchrun
 from tools.convert import convert
 from tools.evaluate import evaluate
-from tools.formats.dcp import DcpSource
 from tools.formats.locate import locate
-from tools.formats.zero import ZeroSource
 
 LORA = {"name": "lora", "r": 3, "lora_alpha": 12.0}  # an odd rank: no engine can cut the adapters evenly
 FROZEN = {"freeze_embeddings": True, "freeze_blocks": 1}

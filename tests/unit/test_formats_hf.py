@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from launcher.errors import CheckpointError
+from launcher.stored.tensors import TensorEntry, safe_relative
 from tools.formats.expected import choose, expected_tensors
 from tools.formats.hf import HfSink, plan_shards, read_config, write_side_files
-from tools.formats.tensors import TensorEntry, safe_relative
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.tensors import TensorEntry, TensorSource
+from launcher.stored.tensors import TensorEntry, TensorSource
 
 # What configurations and constructors of transformers raise for values they cannot use.
 BAD_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.tensors import TensorEntry
+from launcher.stored.tensors import TensorEntry
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.errors import ABSENT, CheckpointError
+from launcher.stored.records import USE_ANOTHER
+from launcher.stored.tensors import Progress, safe_relative
 from launcher.train.manifest import MANIFEST, read_saved
-from tools.formats.stored import USE_ANOTHER
-from tools.formats.tensors import Progress, safe_relative
 
 Kind = Literal["zero", "dcp"]
 KINDS: tuple[Kind, ...] = ("zero", "dcp")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.stored import DAMAGED, USE_ANOTHER, Storage, StoredBytes, StoredTensor
+from launcher.stored.records import DAMAGED, USE_ANOTHER, Storage, StoredBytes, StoredTensor
 
 
 class Inert:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launcher.errors import CheckpointError
-from tools.formats.zero import ZeroSource
+from launcher.stored.zero import ZeroSource
 
 SHAPES = [{"a.weight": (5, 3), "b.weight": (7,)}, {"a.bias": (3,), "scale": ()}]
 GROUPS = [{name: torch.randn(shape) for name, shape in group.items()} for group in SHAPES]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.safe_pickle import unpickle
-from tools.formats.stored import DAMAGED, USE_ANOTHER, StoredBytes
+from launcher.stored.records import DAMAGED, USE_ANOTHER, StoredBytes
+from launcher.stored.safe_pickle import unpickle
 
 LOCAL_HEADER = struct.Struct(
     "<4s22xHH"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats import torch_zip
-from tools.formats.safe_pickle import damage_named, unpickle
-from tools.formats.stored import DAMAGED, USE_ANOTHER, StoredBytes, StoredTensor
-from tools.formats.tensors import TensorEntry, safe_relative
+from launcher.stored import torch_zip
+from launcher.stored.records import DAMAGED, USE_ANOTHER, StoredBytes, StoredTensor
+from launcher.stored.safe_pickle import damage_named, unpickle
+from launcher.stored.tensors import TensorEntry, safe_relative
 
 OPTIMIZER_ROOTS = ("optim", "optimizer", "optimizers")
 

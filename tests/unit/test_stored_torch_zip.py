@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import CheckpointError
-from tools.formats import torch_zip
-from tools.formats.safe_pickle import unpickle
-from tools.formats.stored import StoredTensor
+from launcher.stored import torch_zip
+from launcher.stored.records import StoredTensor
+from launcher.stored.safe_pickle import unpickle
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from launcher.errors import CheckpointError
-from tools.formats.stored import StoredBytes
+from launcher.stored.records import StoredBytes
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in total)."""

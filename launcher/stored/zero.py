@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats import torch_zip
-from tools.formats.safe_pickle import damage_named
-from tools.formats.stored import StoredBytes, StoredTensor
-from tools.formats.tensors import TensorEntry
+from launcher.stored import torch_zip
+from launcher.stored.records import StoredBytes, StoredTensor
+from launcher.stored.safe_pickle import damage_named
+from launcher.stored.tensors import TensorEntry
 
 OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE_3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
