@@ -15,16 +15,18 @@ BIN := .venv/bin
 demo: .venv/.made
 	$(BIN)/fleetune demo
 
-# Every test; those that need what this machine lacks are skipped with the reason.
+# Every test; those that need what this machine lacks are skipped with the reason. Those of one process share the cores,
+# those with ranks have them to themselves, or their timeouts would measure their neighbours.
 test: .venv/.made
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/architecture tests/golden tests/unit
+	$(BIN)/python -m pytest tests/distributed tests/e2e tests/slurm
 
-# What is quick to know: style, types, structure, units, messages.
+# What is quick to know: style, types, structure, what is rendered and what is said.
 check: .venv/.made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/architecture tests/unit tests/golden
+	$(BIN)/python -m pytest tests/architecture tests/golden
 
 format: .venv/.made
 	$(BIN)/ruff format .
