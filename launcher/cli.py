@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="One job spec in, a fine-tuned GPT- or BERT-style model out: init, plan, prepare, launch, convert, eval.",
+    help="One job spec in, a fine-tuned GPT- or BERT-style model out: init, plan, prepare, launch, convert, eval, report.",
 )
 
 # What typer raises for a wrong command line. Newer releases carry their own copy of click, whose classes are not click's.
@@ -32,6 +32,7 @@ app.add_typer(data.data_app, name="data")
 app.command()(launch.launch)
 app.command(context_settings=FORWARDED, add_help_option=False)(tools.convert)
 app.command("eval", context_settings=FORWARDED, add_help_option=False)(tools.evaluate)
+app.command(context_settings=FORWARDED, add_help_option=False)(tools.report)
 app.command()(tools.demo)
 app.command()(doctor.doctor)
 

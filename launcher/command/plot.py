@@ -1,19 +1,17 @@
 """A sweep as a picture: throughput above, memory below, against the first swept key; one line for each of the rest.
 
-PNG, or a page of HTML that holds everything it needs: the same picture as SVG, whose ink follows the reader's light or
-dark theme, over the table. matplotlib is imported here alone; `pip install 'fleetune[plot]'` brings it.
+PNG, or a page of HTML: the same picture over the table.
 """
 
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from launcher.command.sweep import Row, sweep_table
-from launcher.errors import ABSENT, UserError
+from launcher.errors import UserError
+from launcher.picture import GREY, LINES, check_matplotlib, drawing, grid, page, svg, write_png
 from launcher.units import GIB
 
 if TYPE_CHECKING:
@@ -21,43 +19,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".html")
-INK = "#010203"
-"""Colour of text and axes, replaced by the page's own in HTML: no line or marker is drawn in it."""
-LINES = ("#2f7ed8", "#e8710a", "#1a9850", "#c2185b", "#8e5bd0", "#8c6d31", "#00a3a3", "#d62728")
-"""Readable on white and on near-black."""
 
 
 def check_plot(path: Path) -> None:
     """Before anything is planned. Raises `UserError` for another format, or without matplotlib."""
     if path.suffix.lower() not in FORMATS:
         raise UserError("--plot", str(path), f"ends in neither {' nor '.join(FORMATS)}", "name a file that does")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("--plot", ABSENT, "needs matplotlib", "pip install 'fleetune[plot]'") from None
+    check_matplotlib("--plot")
 
 
 def write_plot(path: Path, rows: list[Row], title: str) -> None:
     """Draw `rows` into a `.png` or `.html` file."""
     figure = _figure(rows, title)
     if path.suffix.lower() == ".png":
-        figure.savefig(path, dpi=160, facecolor="white")
+        write_png(figure, path)
     else:
         path.write_text(_page(figure, rows, title), encoding="utf-8")
 
 
 def _figure(rows: list[Row], title: str) -> Figure:
     """Two panels over one axis, tall rather than wide: a phone shows it whole."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    inked: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with rc_context(inked | {"font.family": "sans-serif", "font.size": 11, "axes.spines.top": False}):
-        figure = Figure(figsize=(6.4, 7.6), layout="constrained")
+    with drawing(6.4, 7.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for axes in (above, below):
-            axes.spines["right"].set_visible(False)
-            axes.grid(axis="y", color="#80808040")
+            grid(axes)
         _draw(above, below, rows)
         figure.suptitle(title, fontsize=12)
     return figure
@@ -100,12 +85,12 @@ def _usable(axes: Axes, lines: list[list[Row]], places: list[str], swept: str) -
         limits.append([usable.get(place, float("nan")) for place in places])
     known = {height for heights in limits for height in heights if height == height}  # a gap equals nothing
     if len(known) == 1:
-        axes.axhline(known.pop(), linestyle="--", linewidth=1, color="#808080", label="usable")
+        axes.axhline(known.pop(), linestyle="--", linewidth=1, color=GREY, label="usable")
         return
     for number, heights in enumerate(limits):
-        color = LINES[number % len(LINES)] if len(limits) > 1 else "#808080"
+        color = LINES[number % len(LINES)] if len(limits) > 1 else GREY
         axes.plot(range(len(places)), heights, linestyle="--", linewidth=1, color=color)
-    axes.plot([], [], linestyle="--", linewidth=1, color="#808080", label="usable")
+    axes.plot([], [], linestyle="--", linewidth=1, color=GREY, label="usable")
 
 
 def _missing(axes: Axes, rows: list[Row], places: list[str], swept: str) -> None:
@@ -115,40 +100,5 @@ def _missing(axes: Axes, rows: list[Row], places: list[str], swept: str) -> None
         axes.plot(without, [0] * len(without), "x", color="#d62728", clip_on=False, label="no plan", zorder=5)
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171a; } }
-body { margin: 0 auto; max-width: 46rem; padding: 0.5rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.4 system-ui, sans-serif; }
-svg { width: 100%; height: auto; }
-pre { overflow-x: auto; font-size: 0.8rem; }
-</style>
-</head>
-<body>
-$picture
-<pre>$table</pre>
-</body>
-</html>
-""")
-
-
 def _page(figure: Figure, rows: list[Row], title: str) -> str:
-    from matplotlib import rc_context
-
-    drawn = io.StringIO()
-    # text stays text, and ids and the date do not change from one run to the next
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fleetune"}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    picture = drawn.getvalue()
-    picture = picture[picture.index("<svg") :]  # without the XML declaration
-    return _PAGE.substitute(
-        title=html.escape(title),
-        picture=picture.replace(INK, "var(--ink)"),
-        table=html.escape(sweep_table(rows)),
-    )
+    return page(title, f"{svg(figure)}\n<pre>{html.escape(sweep_table(rows))}</pre>")

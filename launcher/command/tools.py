@@ -22,6 +22,13 @@ def evaluate(context: typer.Context) -> None:
     raise typer.Exit(evaluate_main(context.args))
 
 
+def report(context: typer.Context) -> None:
+    """One page about one run, or several compared; same as `python -m tools.report`."""
+    from tools.report.__main__ import main as report_main
+
+    raise typer.Exit(report_main(context.args))
+
+
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo's data and runs go.")] = Path("runs/demo"),
 ) -> None:

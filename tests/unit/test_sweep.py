@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from launcher.command.plot import check_plot, write_plot
 from launcher.command.sweep import Row, parse_axes, sweep_json, sweep_rows, sweep_table
 from launcher.errors import SpecError, UserError
 from launcher.plan import Plan, make_plan
+from tests.browser import drawn, fetched_by
 from tests.unit.costs import cluster_of, small_cost, spec_of
 
 AXES = ["nodes=1,2,3,4", "seq_len=10,20"]
@@ -93,29 +91,13 @@ def test_a_png_is_a_picture(tmp_path: Path) -> None:
     assert 0 < width < height  # tall, for a phone
 
 
-class Outside(html.parser.HTMLParser):
-    """Whatever a page would have to fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [
-            value or "" for key, value in attrs if key in ("src", "href", "xlink:href") and (value or "")[:1] != "#"
-        ]
-
-
 def test_a_page_holds_all_that_it_needs(tmp_path: Path) -> None:
     """Nothing is fetched, no script runs, the ink follows the theme, the table is beside the picture."""
     pytest.importorskip("matplotlib", reason="the optional extra `plot` is not installed")
     page = tmp_path / "out.html"
     write_plot(page, rows(), "nodes & lengths")
     text = page.read_text(encoding="utf-8")
-    outside = Outside()
-    outside.feed(text)
-    assert outside.fetched == []
-    assert "<script" not in text
+    assert fetched_by(text) == []
     assert "prefers-color-scheme: dark" in text
     assert "fill: var(--ink)" in text
     assert "#010203" not in text
@@ -129,20 +111,6 @@ def test_a_page_holds_all_that_it_needs(tmp_path: Path) -> None:
 def test_a_browser_draws_the_page(tmp_path: Path) -> None:
     """In headless chromium at a phone's width; what it draws is not blank."""
     pytest.importorskip("matplotlib", reason="the optional extra `plot` is not installed")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("chromium is not installed")
-    page, picture = tmp_path / "out.html", tmp_path / "page.png"
+    page = tmp_path / "out.html"
     write_plot(page, rows(), "a test")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", f"--screenshot={picture}"]
-    done = subprocess.run(
-        [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
-        capture_output=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    from matplotlib.image import imread
-
-    shades = imread(picture)[:, :, :3]
-    assert shades.std() > 0.02
+    assert drawn(page, tmp_path / "page.png") > 0.02
