@@ -17,6 +17,9 @@ from launcher.job.spec import JobSpec
 from launcher.job.tasks import FIELDS
 from launcher.task import Record
 
+ROWS = "rows"
+"""In place of a task: whatever a table holds, for evaluation's own tasks, which training does not know."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -35,6 +38,8 @@ class Columns:
     """Whether a question may have no answer."""
     token_dtype: str = "uint16"
     """Of token ids in files that do not say it."""
+    keep_rows: bool = False
+    """Whether a record also carries its whole row, in `parts["row"]`: evaluation looks at any column."""
 
     @classmethod
     def of(cls, spec: JobSpec) -> Columns:
@@ -56,6 +61,8 @@ class Columns:
 
     def wanted(self, found: Iterable[str]) -> list[str]:
         """Those of a table's columns that the task may read."""
+        if self.keep_rows:
+            return list(found)
         ours = {self.name(field) for field in FIELDS[self.task]}
         return [name for name in found if name in ours]
 
@@ -106,7 +113,8 @@ class Cells:
 
 def record_of(file: str, line: int, values: Mapping[str, Any], columns: Columns) -> Record:
     """The record in a row. DataError naming file, line and column for what will not do."""
-    return _readers()[columns.task](Cells(file, line, values, columns))
+    record = _readers()[columns.task](Cells(file, line, values, columns))
+    return record._replace(parts={**record.parts, "row": dict(values)}) if columns.keep_rows else record
 
 
 def _readers() -> dict[str, Callable[[Cells], Record]]:
@@ -122,6 +130,7 @@ def _readers() -> dict[str, Callable[[Cells], Record]]:
         "token_classification": tagged,
         "extractive_qa": question,
         "preference": preference,
+        ROWS: lambda cells: cells.record(""),
     }
 
 

@@ -14,6 +14,8 @@ from launcher.job.spec import JobSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from launcher.task.scores import Floats
+
 IGNORED = -100
 """Target that never counts in a loss: `ignore_index` of torch's cross entropy."""
 
@@ -73,6 +75,12 @@ class Metrics(Protocol):
     def update(self, logits: Tensor, batch: Batch) -> None: ...
 
     def result(self) -> dict[str, float]: ...
+
+    def rows(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B, k) float64: a few numbers per row, from which its part in every score follows."""
+
+    def weighted(self, rows: Floats, weights: Floats) -> dict[str, Floats]:
+        """The scores of samples (N, k) taken as often as each of the `weights` (R, N) says: (R,) each."""
 
 
 class Task(Protocol):

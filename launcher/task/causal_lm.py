@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,34 +56,8 @@ class CausalLM:
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         return next_token_loss_sum(logits, batch)
 
-    def metrics(self, num_samples: int = 0) -> CausalLMMetrics:
-        return CausalLMMetrics()
-
-
-class CausalLMMetrics:
-    """`sums` = (loss in nats, targets, targets whose most likely token was right), float64."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-
-        logits = logits.detach()
-        targets = _next_tokens(batch)
-        loss = _cross_entropy_sum(logits, targets)
-        num_valid = (targets != IGNORED).sum()
-        num_right = (logits.argmax(-1) == targets).sum()
-        self.sums = self.sums.to(logits.device) + torch.stack([loss.double(), num_valid.double(), num_right.double()])
-
-    def result(self) -> dict[str, float]:
-        loss_sum, num_valid, num_right = self.sums.tolist()
-        if num_valid == 0:
-            return dict.fromkeys(("loss", "perplexity", "accuracy"), float("nan"))
-        loss = loss_sum / num_valid
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": num_right / num_valid}
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        return next_token_metrics()
 
 
 def num_next_tokens(batch: Batch) -> int:
@@ -93,6 +67,13 @@ def num_next_tokens(batch: Batch) -> int:
 def next_token_loss_sum(logits: Tensor, batch: Batch) -> Tensor:
     """Sum of the cross entropies in nats of every token that counts, given those before it; `logits` (B, T, V)."""
     return _cross_entropy_sum(logits, _next_tokens(batch))
+
+
+def next_token_metrics() -> Metrics:
+    """Loss in nats per target, perplexity, and the share of the targets that were the likeliest token."""
+    from launcher.task.metrics import TokenMetrics
+
+    return TokenMetrics(_next_tokens)
 
 
 def _next_tokens(batch: Batch) -> Tensor:

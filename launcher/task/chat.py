@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import IGNORED, Batch, Kind, Record, Row
-from launcher.task.causal_lm import CausalLMMetrics, next_token_loss_sum, num_next_tokens
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
+from launcher.task.causal_lm import next_token_loss_sum, next_token_metrics, num_next_tokens
 from launcher.task.templates import learnt_tokens
 
 if TYPE_CHECKING:
@@ -55,5 +55,5 @@ class Chat:
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         return next_token_loss_sum(logits, batch)
 
-    def metrics(self, num_samples: int = 0) -> CausalLMMetrics:
-        return CausalLMMetrics()
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        return next_token_metrics()

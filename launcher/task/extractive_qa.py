@@ -21,6 +21,8 @@ from launcher.task.encoding import second_start
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from launcher.task.scores import Floats, Scores
+
 
 class ExtractiveQA:
     name = "extractive_qa"
@@ -173,10 +175,21 @@ class AnswerMetrics:
     def update(self, logits: Tensor, batch: Batch) -> None:
         import torch
 
+        samples = torch.where(batch["labels"][:, 0].cpu() == IGNORED, -1, batch["samples"].cpu())
+        self._table.put(samples, self.rows(logits, batch))
+
+    def rows(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B, 8), a row per window."""
+        return self.answered(logits, batch)[0]
+
+    def answered(self, logits: Tensor, batch: Batch) -> tuple[Tensor, list[str]]:
+        """The rows, and the words of the best answer in each window."""
+        import torch
+
         losses = self.task.losses(logits.detach(), batch).double().cpu()
         scores = logits.detach().double().cpu().numpy()
         held = {name: batch[name].cpu().numpy() for name in ("nulls", "seconds", "offsets", "contexts", "answers")}
-        rows = []
+        rows, words = [], []
         for i in range(len(scores)):
             null, second = int(held["nulls"][i]), int(held["seconds"][i])
             offsets, context, answers = (
@@ -187,9 +200,9 @@ class AnswerMetrics:
             score, answer = self._best(scores[i], second, offsets.reshape(-1, 2), text)
             null_score = float(scores[i, null].sum())
             rows.append([score, null_score, *exact_and_f1(answer, golds), *exact_and_f1("", golds)])
+            words.append(answer)
         found = torch.tensor(rows, dtype=torch.float64)
-        samples = torch.where(batch["labels"][:, 0].cpu() == IGNORED, -1, batch["samples"].cpu())
-        self._table.put(samples, torch.cat([batch["windows"].cpu()[:, None].double(), losses[:, None], found], dim=1))
+        return torch.cat([batch["windows"].cpu()[:, None].double(), losses[:, None], found], dim=1), words
 
     def _best(self, scores: Any, second: int, offsets: Any, context: str) -> tuple[float, str]:
         """Score and words of the best answer in the window: any span of the text of at most `max_answer_tokens`."""
@@ -205,33 +218,36 @@ class AnswerMetrics:
         return float(sums[first, last]), context[offsets[first, 0] : offsets[last, 1]]
 
     def result(self) -> dict[str, float]:
-        """Means over the questions; with `no_answer` also over those that have an answer and those that have none."""
         windows = self._table.found()
-        if len(windows) == 0:
-            return dict.fromkeys(("loss", "exact_match", "f1"), float("nan"))
-        questions = np.split(windows, np.flatnonzero(windows[:, 0] == 0)[1:])
-        given = np.array([self._given(question) for question in questions])
-        return {
-            "loss": float(windows[:, 1].mean()),
-            "exact_match": float(given[:, 0].mean()),
-            "f1": float(given[:, 1].mean()),
-            **(self._parted(given) if self.task.no_answer else {}),
-        }
+        questions = np.split(windows, np.flatnonzero(windows[:, 0] == 0)[1:]) if len(windows) else []
+        merged = np.array([self.merged(question) for question in questions]).reshape(-1, 5)
+        return {name: float(value[0]) for name, value in self.weighted(merged, np.ones((1, len(merged)))).items()}
 
-    def _given(self, windows: Any) -> tuple[float, float, bool]:
-        """(exact match, F1, has an answer) of one question: its best answer, or none where that is worth more."""
+    def merged(self, windows: Any) -> tuple[float, ...]:
+        """(loss of its windows, windows, exact match, F1, has an answer) of one question: its best answer, or none where that
+        is worth more."""
         best = windows[windows[:, 2].argmax()]
-        is_none = self.task.no_answer and windows[:, 3].min() - best[2] > self.task.null_threshold
-        exact, f1 = best[6:8] if is_none else best[4:6]
-        return exact, f1, best[6] == 0.0
+        exact, f1 = best[6:8] if self.is_none(windows) else best[4:6]
+        return windows[:, 1].sum(), len(windows), exact, f1, best[6] == 0.0
 
-    def _parted(self, given: Any) -> dict[str, float]:
-        parts = {"has_answer": given[given[:, 2] == 1], "no_answer": given[given[:, 2] == 0]}
-        return {
-            f"{name}_{score}": float(part[:, column].mean()) if len(part) else float("nan")
-            for name, part in parts.items()
-            for column, score in enumerate(("exact_match", "f1"))
+    def is_none(self, windows: Any) -> bool:
+        margin = windows[:, 3].min() - windows[:, 2].max()
+        return bool(self.task.no_answer and margin > self.task.null_threshold)
+
+    def weighted(self, rows: Floats, weights: Floats) -> Scores:
+        """Means over the questions (N, 5); with `no_answer` also over those that have an answer and those that have none."""
+        from launcher.task.scores import mean
+
+        loss, num_windows = weights @ rows[:, 0], weights @ rows[:, 1]
+        parts = {"": weights}
+        if self.task.no_answer:
+            parts |= {"has_answer_": weights * (rows[:, 4] == 1), "no_answer_": weights * (rows[:, 4] == 0)}
+        scores = {
+            f"{part}{name}": mean(some @ rows[:, column], some.sum(1))
+            for part, some in parts.items()
+            for column, name in ((2, "exact_match"), (3, "f1"))
         }
+        return {"loss": mean(loss, num_windows), **scores}
 
 
 def _null_place(ids: Sequence[int], tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from launcher.errors import ABSENT, DataError
-from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
 from launcher.task.encoding import frame_of
 from launcher.task.masking import mask_tokens
 
@@ -112,35 +112,11 @@ class MaskedLM:
         flat = logits.reshape(-1, logits.shape[-1]).float()
         return functional.cross_entropy(flat, batch["labels"].reshape(-1), ignore_index=IGNORED, reduction="sum")
 
-    def metrics(self, num_samples: int = 0) -> TokenMetrics:
-        return TokenMetrics(self)
-
-
-class TokenMetrics:
-    """`sums` = (loss in nats, hidden tokens, hidden tokens that were guessed), float64."""
-
-    def __init__(self, task: MaskedLM) -> None:
-        import torch
-
-        self.task = task
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-
-        logits, labels = logits.detach(), batch["labels"]
-        hidden = labels != IGNORED
-        num_right = (logits.argmax(-1) == labels)[hidden].sum()
-        found = [self.task.loss_sum(logits, batch).double(), hidden.sum().double(), num_right.double()]
-        self.sums = self.sums.to(logits.device) + torch.stack(found)
-
-    def result(self) -> dict[str, float]:
+    def metrics(self, num_samples: int = 0) -> Metrics:
         """`perplexity` is that of the hidden tokens (a pseudo-perplexity: both sides are known)."""
-        loss_sum, num_hidden, num_right = self.sums.tolist()
-        if num_hidden == 0:
-            return dict.fromkeys(("loss", "perplexity", "accuracy"), float("nan"))
-        loss = loss_sum / num_hidden
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": num_right / num_hidden}
+        from launcher.task.metrics import TokenMetrics
+
+        return TokenMetrics(lambda batch: batch["labels"])
 
 
 def _texts(

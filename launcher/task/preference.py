@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
 from launcher.task.templates import learnt_tokens
 
 if TYPE_CHECKING:
@@ -109,34 +109,7 @@ class Preference:
         nats = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
         return -nats.reshape(targets.shape).sum(1).reshape(2, -1).T
 
-    def metrics(self, num_samples: int = 0) -> PreferenceMetrics:
-        return PreferenceMetrics(self)
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        from launcher.task.metrics import PairMetrics
 
-
-class PreferenceMetrics:
-    """`sums` = pairs, the loss, pairs whose chosen answer has the higher reward, sum of chosen and of rejected rewards."""
-
-    def __init__(self, task: Preference) -> None:
-        import torch
-
-        self.task = task
-        self.sums = torch.zeros(5, dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-        from torch.nn import functional
-
-        rewards = self.task.beta * (self.task.answer_logps(logits.detach(), batch) - batch["reference"]).double()
-        rewards = rewards[batch["samples"] >= 0]
-        margins = rewards[:, 0] - rewards[:, 1]
-        sums = [-functional.logsigmoid(margins).sum(), (margins > 0).double().sum(), *rewards.sum(0)]
-        found = torch.stack([rewards.new_tensor(len(rewards)), *sums])
-        self.sums = self.sums.to(logits.device) + found
-
-    def result(self) -> dict[str, float]:
-        num_pairs, *sums = self.sums.tolist()
-        names = ("loss", "accuracy", "chosen_reward", "rejected_reward")
-        if num_pairs == 0:
-            return dict.fromkeys((*names, "reward_margin"), math.nan)
-        scores = {name: value / num_pairs for name, value in zip(names, sums, strict=True)}
-        return {**scores, "reward_margin": scores["chosen_reward"] - scores["rejected_reward"]}
+        return PairMetrics(self)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import Batch, Kind, Record, Row
+from launcher.task import Batch, Kind, Metrics, Record, Row
 from launcher.task.encoding import text_rows
 
 if TYPE_CHECKING:
@@ -60,43 +60,7 @@ class Regression:
         answers, targets = logits.float().squeeze(-1), batch["labels"]
         return torch.where(targets.isnan(), answers * 0.0, (answers - targets.nan_to_num()) ** 2).sum()
 
-    def metrics(self, num_samples: int = 0) -> RegressionMetrics:
-        return RegressionMetrics(num_samples)
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        from launcher.task.metrics import NumberMetrics
 
-
-class RegressionMetrics:
-    """`sums` is a `Table` of (answer, target) per sample: the order of all of them is what Spearman's correlation needs."""
-
-    def __init__(self, num_samples: int) -> None:
-        from launcher.task.scores import Table
-
-        self._table = Table(num_samples, width=2)
-
-    @property
-    def sums(self) -> Tensor:
-        return self._table.rows
-
-    @sums.setter
-    def sums(self, rows: Tensor) -> None:
-        self._table.rows = rows
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-
-        targets = batch["labels"]
-        samples = torch.where(targets.isnan(), -1, batch["samples"])
-        self._table.put(samples, torch.stack([logits.float().squeeze(-1), targets], dim=1))
-
-    def result(self) -> dict[str, float]:
-        from launcher.task.scores import pearson, spearman
-
-        found = self._table.found()
-        if len(found) == 0:
-            return dict.fromkeys(("loss", "mae", "pearson", "spearman"), math.nan)
-        answers, targets = found.T
-        return {
-            "loss": float(((answers - targets) ** 2).mean()),
-            "mae": float(abs(answers - targets).mean()),
-            "pearson": pearson(answers, targets),
-            "spearman": spearman(answers, targets),
-        }
+        return NumberMetrics(num_samples)

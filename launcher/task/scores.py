@@ -11,33 +11,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
+Scores = dict[str, Floats]
+"""Each score by its name; as many values as there were sums, so that thousands of resamples are scored at once."""
 
 
-def class_scores(hits: Tensor, predicted: Tensor, truths: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 from counts per class (C,): their means over the classes that occur as truth or
-    prediction (macro), and of all counts together (micro)."""
+def mean(total: Floats, number: Floats) -> Floats:
+    """total / number; nan where nothing was counted."""
+    return np.asarray(total / np.where(number > 0, number, np.nan))
+
+
+def class_scores(hits: Floats, predicted: Floats, truths: Floats) -> Scores:
+    """Precision, recall and F1 from counts per class (..., C): their means over the classes that occur as truth or
+    prediction (macro), and of all counts together (micro). Every score is (...)."""
     seen = (truths + predicted) > 0
-    macro = zip(("precision", "recall", "f1"), _ratios(hits, predicted, truths), strict=True)
-    totals = (counts.sum() for counts in (hits, predicted, truths))
-    micro = zip(("precision_micro", "recall_micro", "f1_micro"), _ratios(*totals), strict=True)
-    scores = {name: float(ratio[seen].mean()) if bool(seen.any()) else 0.0 for name, ratio in macro}
-    return {**scores, **{name: float(ratio) for name, ratio in micro}}
+    num_seen = np.maximum(seen.sum(-1), 1)
+    names = ("precision", "recall", "f1")
+    ratios = zip(names, _ratios(hits, predicted, truths), strict=True)
+    macro = {name: (ratio * seen).sum(-1) / num_seen for name, ratio in ratios}
+    micro = _ratios(*(counts.sum(-1) for counts in (hits, predicted, truths)))
+    return {**macro, **{f"{name}_micro": ratio for name, ratio in zip(names, micro, strict=True)}}
 
 
-def _ratios(hits: Tensor, predicted: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ratios(hits: Floats, predicted: Floats, truths: Floats) -> tuple[Floats, Floats, Floats]:
     return (
-        hits / predicted.clamp(min=1),
-        hits / truths.clamp(min=1),
-        2 * hits / (truths + predicted).clamp(min=1),
+        hits / np.maximum(predicted, 1),
+        hits / np.maximum(truths, 1),
+        2 * hits / np.maximum(truths + predicted, 1),
     )
 
 
-def matthews(counts: Tensor) -> float:
-    """Matthews' correlation of a (C, C) table of counts [truth, prediction]: Gorodkin's R_K, as in scikit-learn."""
-    truths, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
-    covariance = counts.diagonal().sum() * total - truths @ predicted
-    spread = (total**2 - truths @ truths) * (total**2 - predicted @ predicted)
-    return float(covariance / spread.sqrt()) if spread > 0 else 0.0
+def matthews(counts: Floats) -> Floats:
+    """Matthews' correlation of tables of counts (..., C, C) [truth, prediction]: Gorodkin's R_K, as in scikit-learn."""
+    truths, predicted, total = counts.sum(-1), counts.sum(-2), counts.sum((-2, -1))
+    hits = np.trace(counts, axis1=-2, axis2=-1)
+    covariance = hits * total - (truths * predicted).sum(-1)
+    spread = (total**2 - (truths**2).sum(-1)) * (total**2 - (predicted**2).sum(-1))
+    return np.asarray(covariance / np.sqrt(np.where(spread > 0, spread, np.inf)))
 
 
 def pearson(x: Floats, y: Floats) -> float:

@@ -84,104 +84,34 @@ class SequenceClassification:
         return float(sum(self.class_weights[label] for label in labels.tolist()))
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        """`logits` (B, C). torch's cross entropy or, with `multi_label`, binary cross entropies of every class."""
+        return self.losses(logits, batch).sum()
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`logits` (B, C). torch's cross entropy (B,) or, with `multi_label`, binary cross entropies of every class (B, C);
+        0 where none counts."""
         import torch
         from torch.nn import functional
 
         logits, labels = logits.float(), batch["labels"]
         if self.multi_label:
             losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-            return torch.where(labels == IGNORED, logits * 0.0, losses).sum()
+            return torch.where(labels == IGNORED, logits * 0.0, losses)
         weight = None if self.class_weights is None else logits.new_tensor(self.class_weights)
         return functional.cross_entropy(
             logits,
             labels,
             weight=weight,
             ignore_index=IGNORED,
-            reduction="sum",
+            reduction="none",
             label_smoothing=self.label_smoothing,
         )
 
     def metrics(self, num_samples: int = 0) -> Metrics:
-        return MultiLabelMetrics(self) if self.multi_label else ClassificationMetrics(self)
+        from launcher.task.metrics import LabelMetrics, MultiLabelMetrics
+
+        return MultiLabelMetrics(self) if self.multi_label else LabelMetrics(self)
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
     """samples / (classes x samples of the class), as scikit-learn's `balanced`; a class without a sample weighs 1."""
     return [sum(counts) / (len(counts) * count) if count else 1.0 for count in counts]
-
-
-class ClassificationMetrics:
-    """`sums` = the loss, the weight of its targets, then the C x C counts [truth, prediction] row by row, float64."""
-
-    def __init__(self, task: SequenceClassification) -> None:
-        import torch
-
-        self.task = task
-        self.sums = torch.zeros(2 + len(task.labels) ** 2, dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-
-        logits = logits.detach()
-        labels, num_labels = batch["labels"], len(self.task.labels)
-        valid = labels != IGNORED
-        loss = self.task.loss_sum(logits, batch).double().reshape(1)
-        weight = loss.new_tensor([self.task.num_valid(batch)])
-        cells = labels[valid] * num_labels + logits.argmax(-1)[valid]
-        counts = torch.bincount(cells, minlength=num_labels**2)
-        self.sums = self.sums.to(logits.device) + torch.cat([loss, weight, counts.double()])
-
-    def result(self) -> dict[str, float]:
-        """Of two classes also `f1_binary`: the F1 of the second one, as scikit-learn's default has it."""
-        from launcher.task.scores import class_scores, matthews
-
-        num_labels = len(self.task.labels)
-        counts = self.sums[2:].reshape(num_labels, num_labels).cpu()
-        num_valid = float(counts.sum())
-        if num_valid == 0:
-            return dict.fromkeys(("loss", "accuracy", "precision", "recall", "f1"), float("nan"))
-        truths, predictions, hits = counts.sum(1), counts.sum(0), counts.diagonal()
-        scores = class_scores(hits, predictions, truths)
-        if num_labels == 2:
-            scores["f1_binary"] = float(2 * hits[1] / (truths[1] + predictions[1]).clamp(min=1))
-        return {
-            "loss": float(self.sums[0] / self.sums[1]),
-            "accuracy": float(hits.sum()) / num_valid,
-            **{name: scores[name] for name in ("precision", "recall", "f1", "f1_micro", "f1_binary") if name in scores},
-            "matthews": matthews(counts),
-        }
-
-
-class MultiLabelMetrics:
-    """`sums` = the loss, yes-or-no answers, texts, texts with every answer right, then C hits, C yeses given, C true ones.
-
-    An answer is yes where its probability is above one half.
-    """
-
-    def __init__(self, task: SequenceClassification) -> None:
-        import torch
-
-        self.task = task
-        self.sums = torch.zeros(4 + 3 * len(task.labels), dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        import torch
-
-        logits = logits.detach()
-        loss = self.task.loss_sum(logits, batch).double().reshape(1)
-        valid = batch["labels"][:, 0] != IGNORED
-        truth, yes = batch["labels"][valid] == 1, logits[valid] > 0
-        counts = [(truth & yes).sum(0), yes.sum(0), truth.sum(0)]
-        texts = loss.new_tensor([truth.numel(), len(truth), int((truth == yes).all(1).sum())])
-        self.sums = self.sums.to(logits.device) + torch.cat([loss, texts, *(count.double() for count in counts)])
-
-    def result(self) -> dict[str, float]:
-        """`accuracy` is the share of texts with exactly the right labels."""
-        from launcher.task.scores import class_scores
-
-        loss, num_answers, num_texts, num_right = self.sums[:4].tolist()
-        if num_texts == 0:
-            return dict.fromkeys(("loss", "accuracy", "precision", "recall", "f1"), float("nan"))
-        hits, yes, truths = self.sums[4:].reshape(3, -1).cpu()
-        return {"loss": loss / num_answers, "accuracy": num_right / num_texts, **class_scores(hits, yes, truths)}

