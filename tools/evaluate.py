@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ranks(world: World) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    if world.num_ranks == 1:
+    if world.num_ranks == 1 or dist.is_initialized():  # a caller of `main` may have ranks already
         yield
         return
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)

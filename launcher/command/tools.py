@@ -16,7 +16,7 @@ def convert(context: typer.Context) -> None:
 
 
 def evaluate(context: typer.Context) -> None:
-    """Score a model folder on a file; same as `python -m tools.evaluate`."""
+    """How good a model is, how sure that is, whether it beats another; same as `python -m tools.evaluate`."""
     from tools.evaluate import main as evaluate_main
 
     raise typer.Exit(evaluate_main(context.args))
@@ -27,6 +27,13 @@ def report(context: typer.Context) -> None:
     from tools.report.__main__ import main as report_main
 
     raise typer.Exit(report_main(context.args))
+
+
+def explain(context: typer.Context) -> None:
+    """Why a model answers so: attention and attributions of each token, as a page; needs the extra `explain`."""
+    from tools.evaluation.explain import main as explain_main
+
+    raise typer.Exit(explain_main(context.args))
 
 
 def demo(
