@@ -62,6 +62,13 @@ def test_perplexity_is_that_of_a_plain_loop(home: Path, capsys: pytest.CaptureFi
     assert said["num_samples"] == num_blocks
     assert said["metrics"]["perplexity"] == printed(perplexity)
     assert said["metrics"]["loss"] == printed(math.log(perplexity))
+    tokenizer, total = AutoTokenizer.from_pretrained(home / "gpt"), said["metrics"]["loss"] / math.log(2)
+    assert said["metrics"]["bits_per_token"] == pytest.approx(total, rel=1e-5)
+    texts = [" ".join(tokenizer.decode(tokenizer(row["text"])["input_ids"]).split()) for row in rows_of(home)]
+    # blocks of 16 tokens lose the space before their first token, so they hold a few bytes less than the texts
+    num_bytes = sum(len(text.encode()) for text in texts)
+    per_token = said["metrics"]["bits_per_byte"] / said["metrics"]["bits_per_token"]
+    assert 1 <= num_bytes * per_token / sum(len(tokenizer(row["text"])["input_ids"]) for row in rows_of(home)) < 1.2
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -111,7 +118,13 @@ def test_a_plain_table_for_people(home: Path, capsys: pytest.CaptureFixture[str]
     assert main([str(home / "gpt"), "--task", "causal_lm", "--data", str(home / "rows.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{home / 'gpt'} on {home / 'rows.jsonl'}: {plain_perplexity(home, 16)[0]} samples"
-    assert [line.split()[0] for line in lines[1:]] == ["loss", "perplexity", "accuracy"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "loss",
+        "perplexity",
+        "accuracy",
+        "bits_per_token",
+        "bits_per_byte",
+    ]
 
 
 def test_what_is_no_model_folder_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

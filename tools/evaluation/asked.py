@@ -290,7 +290,8 @@ def _prepared(model: Opened, options: argparse.Namespace, reference: Opened | No
     if data.labels is not None and data.labels != labels_of(module):
         rule = f"has the labels {', '.join(data.labels)}, the model {', '.join(labels_of(module))}"
         raise DataError("--prepared", str(options.prepared), rule, "give data prepared for this model")
-    question = Learnt(task, None, Fields(slices=tuple(options.slice or ())), reference)
+    tokenizer = load_tokenizer(TokenizerSource("--prepared", str(data.tokenizer_dir)))
+    question = Learnt(task, tokenizer, Fields(slices=tuple(options.slice or ())), reference)
     count = len(data.split("validation"))
     named = str(options.prepared)
     return Asked(

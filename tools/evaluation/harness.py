@@ -7,8 +7,10 @@ as everywhere here. Only local tasks are indexed unless asked otherwise: its own
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,14 +69,15 @@ def _evaluated(adapter: Any, options: argparse.Namespace) -> dict[str, Any]:
         known = ", ".join(sorted(manager.all_tasks)[:8]) or "none"
         rule = f"is no task of {folder or 'lm-evaluation-harness'}, which has {known}"
         raise UserError("--harness", unknown[0], rule, "name one of these, or another --include-path")
-    found = simple_evaluate(
-        model=adapter,
-        tasks=list(options.harness),
-        task_manager=manager,
-        limit=options.limit,
-        bootstrap_iters=options.resamples,
-        log_samples=True,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # it prints how far its bootstrap is
+        found = simple_evaluate(
+            model=adapter,
+            tasks=list(options.harness),
+            task_manager=manager,
+            limit=options.limit,
+            bootstrap_iters=options.resamples,
+            log_samples=True,
+        )
     assert found is not None, "only ranks of its own distribution get nothing"
     return dict(found)
 

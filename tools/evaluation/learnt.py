@@ -5,6 +5,7 @@ Beside them stand what only evaluation can say: probabilities and how well they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from launcher.data.prepared import PreparedData
-from launcher.task import Batch, Record, Row, Task
+from launcher.task import IGNORED, Batch, Record, Row, Task
 from launcher.task.extractive_qa import AnswerMetrics, ExtractiveQA
 from launcher.task.preference import Preference
 from launcher.task.regression import Regression
@@ -108,7 +109,13 @@ class Learnt:
                 {"tags": [task.labels[i] for i in guess[first >= 0].tolist()]}
                 for guess, first in zip(guesses, firsts, strict=True)
             ]
+        if task.name == "causal_lm" and self.tokenizer is not None:
+            return [{"bytes": self._num_bytes(labels)} for labels in batch["labels"]]
         return [{} for _ in range(len(batch["input_ids"]) // task.sequences_per_sample)]
+
+    def _num_bytes(self, labels: Tensor) -> int:
+        """Of the text of the targets. A character that a block's edge cuts in two counts as the mark that stands for it."""
+        return len(self.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True).encode())
 
     def merged(self, facts: Mapping[str, Any], outcomes: list[Outcome]) -> Outcome:
         if isinstance(self._metrics, AnswerMetrics):
@@ -148,6 +155,10 @@ class Learnt:
 
         def scores(weights: Floats) -> dict[str, Floats]:
             found = dict(self._metrics.weighted(rows, weights))
+            if self.name == "causal_lm":
+                found["bits_per_token"] = found["loss"] / math.log(2)
+            if table.has("bytes"):
+                found["bits_per_byte"] = mean(weights @ rows[:, 0], weights @ table.columns["bytes"]) / math.log(2)
             if two:
                 found["auroc"] = auroc(table.columns["probabilities"][:, 1], rows[:, 2] == 1, weights)
             if calibrated:
