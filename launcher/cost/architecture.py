@@ -22,9 +22,27 @@ def model_config(spec: JobSpec, vocab_size: int | None = None, overrides: dict[s
     Raises `ModelError`: no config, unknown architecture, a key that the architecture does not know.
     """
     if spec.model.path is not None:
-        return config_of_folder(spec.model.path, overrides or {})
+        return _with_dropout(config_of_folder(spec.model.path, overrides or {}), spec.model.dropout)
     is_file = isinstance(spec.model.from_config, str)
-    return _config_from_dict(dict(_raw_config(spec.model)), vocab_size, overrides or {}, strict=not is_file)
+    config = _config_from_dict(dict(_raw_config(spec.model)), vocab_size, overrides or {}, strict=not is_file)
+    return _with_dropout(config, spec.model.dropout)
+
+
+def _with_dropout(config: Any, dropout: float | None) -> Any:
+    """Every key that is one (`hidden_dropout_prob`, `attn_pdrop`, ...) set to this; whole layers are not dropped."""
+    if dropout is None:
+        return config
+    names = [
+        name for name in config.to_dict() if "drop" in name and "layerdrop" not in name and "layer_drop" not in name
+    ]
+    names = [name for name in names if isinstance(getattr(config, name), int | float | None)]
+    if not names:
+        raise ModelError(
+            "model.dropout", dropout, f"has no effect on {config.model_type}, which has none", "leave it out"
+        )
+    for name in names:
+        setattr(config, name, dropout)
+    return config
 
 
 def config_of_folder(path: str, overrides: dict[str, Any], where: str = "model.path") -> Any:

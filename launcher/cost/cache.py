@@ -48,6 +48,7 @@ def _key(spec: JobSpec) -> str:
         spec.task.name,
         labels,
         _identity(spec),
+        spec.model.dropout,
         spec.data.packing,
         spec.method.model_dump(),
         _tokenizer(spec),

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.cost.architecture import blocks_of, in_short
 from launcher.errors import ABSENT, SpecError
-from launcher.job.spec import MethodSection
+from launcher.job.spec import ADAPTERS, MethodSection
 
 ALL_LINEAR = "all-linear"
 # What peft calls the tasks; it decides which class opens the saved adapter. None of them: a plain `PeftModel`.
@@ -26,12 +26,14 @@ _PEFT_TASKS = {
 
 
 def apply_method(model: Any, method: MethodSection) -> Any:
-    """The model with `requires_grad` as the method asks; for `lora` a `PeftModel` around it, adapters in its own dtype.
+    """The model with `requires_grad` as the method asks; for adapters a `PeftModel` around it, adapters in its own dtype.
 
     Raises `SpecError`: what is to be frozen or adapted is not there, or nothing is left to train.
     """
-    if method.name == "lora":
+    if method.name in ADAPTERS:
         return _with_adapters(model, method)
+    if method.freeze_all_but_head:
+        _freeze_all_but_head(model)
     if method.freeze_embeddings:
         _freeze_embeddings(model)
     _freeze_blocks(model, method.freeze_blocks)
@@ -40,6 +42,17 @@ def apply_method(model: Any, method: MethodSection) -> Any:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SpecError("method", ABSENT, "freezes every parameter", "leave something to train")
     return model
+
+
+def _freeze_all_but_head(model: Any) -> None:
+    heads: list[Any] = [getattr(model, name) for name in new_head(model)] or [model.get_output_embeddings()]
+    inside = {id(parameter) for head in heads if head is not None for parameter in head.parameters()}
+    if inside & {id(parameter) for parameter in model.get_input_embeddings().parameters()}:
+        rule = f"has no head of its own to train: that of {type(model).__name__} is tied to the embeddings"
+        way_out = "leave it out, or set tie_word_embeddings to false in a model of your own"
+        raise SpecError("method.freeze_all_but_head", True, rule, way_out)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in inside)
 
 
 def _freeze_embeddings(model: Any) -> None:

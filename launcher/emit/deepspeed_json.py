@@ -37,6 +37,7 @@ DERIVED = {
     "zero_optimization.offload_optimizer": "set parallel.offload_optimizer",
     "zero_optimization.offload_param": "set parallel.offload_params",
     "zero_optimization.sub_group_size": "its bytes are part of the plan",
+    "zero_allow_untested_optimizer": "set training.optimizer",
     "zero_force_ds_cpu_optimizer": "the optimiser is chosen by what the machine can build",
     "zero_optimization.reduce_bucket_size": "its bytes are part of the plan",
     "zero_optimization.allgather_bucket_size": "its bytes are part of the plan",
@@ -125,6 +126,8 @@ def deepspeed_config(plan: Plan, spec: JobSpec, preset: dict[str, Any]) -> dict[
     }
     if layout.offload_optimizer != "none":
         derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW does where DeepSpeed's cannot be compiled
+    if spec.training.optimizer != "adamw":
+        derived["zero_allow_untested_optimizer"] = True  # tested here: lion and sgd are elementwise, so pieces will do
     zero = {
         **preset.get("zero_optimization", {}),
         "stage": STAGES[layout.strategy],

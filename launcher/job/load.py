@@ -16,7 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from launcher.errors import ABSENT, Problem, SpecError
 from launcher.job.spec import JobSpec, ShorthandSection
+from launcher.job.stages import one_stage
 from launcher.job.tasks import check_task
+from launcher.job.together import check_together
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _MISSING = "is missing"
@@ -37,12 +39,13 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     raw = read_yaml(Path(path), what="job spec")
     for override in overrides:
         apply_override(raw, override)
-    return parse_spec(raw)
+    return parse_spec(one_stage(raw))
 
 
 def parse_spec(raw: dict[str, Any]) -> JobSpec:
     spec = decode(JobSpec, raw)
     check_task(spec)
+    check_together(spec)
     return spec
 
 

@@ -23,6 +23,10 @@ from pydantic import (
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "fsdp", "hsdp"]
 Offload = Literal["none", "cpu", "nvme"]
 Auto = Literal["auto"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd"]
+ScheduleName = Literal[
+    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "wsd", "inverse_sqrt", "lr_range"
+]
 TaskName = Literal[
     "causal_lm",
     "chat",
@@ -59,6 +63,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), FROM_YAML]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), FROM_YAML]
 
 
+Number = Annotated[Int | Annotated[float, Field(allow_inf_nan=False)], FROM_YAML]
 Weights = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
@@ -89,6 +94,9 @@ class ModelSection(Section):
     """Folder or hub id of a model with weights, opened by `from_pretrained`."""
     from_config: Text | dict[str, Any] | None = None
     """Random weights instead: a `config.json`, a folder with one, or the config itself (`model_type: gpt2, n_layer: 4, ...`); `vocab_size` may be left out, the tokenizer's is taken."""
+
+    dropout: Fraction | None = None
+    """Every dropout of the model, in place of what its config says."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -240,14 +248,18 @@ class DataSection(Section):
 
 
 class MethodSection(ShorthandSection):
-    name: Literal["full", "lora"] = "full"
-    """What is updated: `full`, every parameter that is not frozen; `lora`, low-rank adapters beside frozen weights."""
+    name: Literal["full", "lora", "qlora"] = "full"
+    """What is updated: `full`, every parameter that is not frozen; `lora`, low-rank adapters beside frozen weights; `qlora`, the same beside weights in 4 bits (NF4, double quantisation; bitsandbytes)."""
     freeze_embeddings: Bool = False
     """Freeze the embeddings; a head that is tied to them is frozen with them."""
     freeze_blocks: Annotated[Int, Field(ge=0)] = 0
     """Freeze this many transformer blocks, the first ones."""
     freeze: tuple[Text, ...] = ()
     """Freeze the parameters whose names match one of these patterns, such as `*.attention.*` (shell wildcards)."""
+    freeze_all_but_head: Bool = False
+    """Train the head alone: of a classifier all that pretraining did not make, of a language model its output layer."""
+    unfreeze_every_steps: PositiveInt | None = None
+    """Gradual unfreezing (ULMFiT): begin with the head alone, and after each so many steps train the next block below, the embeddings last."""
     r: PositiveInt = 16
     """lora: rank of the adapters."""
     lora_alpha: Positive = 32.0
@@ -262,6 +274,13 @@ class MethodSection(ShorthandSection):
     """lora: learn magnitude and direction apart (DoRA)."""
 
     @model_validator(mode="after")
+    def _one_way_to_freeze(self) -> MethodSection:
+        others = [key for key in _FREEZING if key != "unfreeze_every_steps" and getattr(self, key)]
+        if self.freeze_all_but_head and (len(others) > 1 or self.unfreeze_every_steps is not None):
+            raise ValueError("has `freeze_all_but_head` and freezes more or less beside it; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _only_what_takes_effect(self) -> MethodSection:
         if idle := self.model_fields_set & set(_IDLE_KEYS[self.name]):
             raise ValueError(f"has `{min(idle)}`, {_IDLE_WORDS[self.name]}")
@@ -273,12 +292,15 @@ class MethodSection(ShorthandSection):
         return {key: value for key, value in write(self).items() if key not in _IDLE_KEYS[self.name]}
 
 
-_FREEZING = tuple(key for key in MethodSection.model_fields if key.startswith("freeze"))
+_FREEZING = tuple(key for key in MethodSection.model_fields if key.startswith(("freeze", "unfreeze")))
 ADAPTER_KEYS = tuple(key for key in MethodSection.model_fields if key not in ("name", *_FREEZING))
-_IDLE_KEYS = {"full": ADAPTER_KEYS, "lora": _FREEZING}
+ADAPTERS = ("lora", "qlora")
+"""Methods that train adapters."""
+_IDLE_KEYS = {"full": ADAPTER_KEYS, "lora": _FREEZING, "qlora": _FREEZING}
+_FROZEN_ANYWAY = "but {} freezes every weight; remove it, or choose layers by `target_modules`"
 _IDLE_WORDS = {
     "full": "which is for adapters; remove it, or give `name: lora`",
-    "lora": "but lora freezes every weight; remove it, or choose layers by `target_modules`",
+    **{name: _FROZEN_ANYWAY.format(name) for name in ADAPTERS},
 }
 
 
@@ -291,28 +313,59 @@ class TrainingSection(Section):
     """Optimiser steps; give this or `num_epochs`."""
     num_epochs: Positive | None = None
     """Passes over the training samples; give this or `max_steps`."""
+    optimizer: OptimizerName = "adamw"
+    """Who updates: `adamw` (torch's, fused), `adamw_8bit` (torchao: moments in 8 bits), `paged_adamw` and `paged_adamw_8bit` (bitsandbytes: moments that the driver moves to the host and back), `adafactor` (torch's), `lion` (lion-pytorch), `muon` (torch's, for the matrices of the blocks, scaled so that AdamW's rates fit; AdamW for the rest), `sgd` (torch's, with momentum)."""
     lr: Positive = 5e-5
-    """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up, down to `min_lr_ratio` of the peak."""
+    """Peak learning rate."""
+    schedule: ScheduleName = "cosine"
+    """Course of the learning rate after the warm-up, down to `min_lr_ratio` of the peak: `cosine`, `linear`, `constant`, `cosine_with_restarts`, `polynomial`, `wsd` (constant, then a decay), `inverse_sqrt`; `lr_range` rises by equal factors up to `lr`, which is what `fleetune lr-find` runs."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
-    """Optimiser steps of linear warm-up."""
+    """Optimiser steps of linear warm-up; give this, `warmup_ratio` or `warmup_tokens`."""
+    warmup_ratio: Fraction = 0.0
+    """Warm-up as a share of all steps."""
+    warmup_tokens: Annotated[Int, Field(ge=0)] = 0
+    """Warm-up in training tokens: as many steps as hold them, at the data's mean length."""
     min_lr_ratio: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
+    lr_cycles: PositiveInt = 1
+    """cosine_with_restarts: times that the rate falls to nothing."""
+    lr_power: Positive = 1.0
+    """polynomial: exponent of what is left of the way."""
+    decay_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), FROM_YAML] = 0.2
+    """wsd: share of all steps in which the rate falls at the end."""
+    decay_shape: Literal["cosine", "linear", "1-sqrt"] = "cosine"
+    """wsd: how it falls."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay; never on biases and norms."""
-    beta1: Fraction = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: Fraction = 0.999
-    """AdamW's decay of the second moment."""
-    eps: Positive = 1e-8
-    """AdamW's epsilon."""
+    """Decoupled weight decay (for sgd added to the gradient: L2); never on biases and norms."""
+    no_decay: tuple[Text, ...] = ()
+    """Names of further parameters without weight decay, such as `*embeddings*` (shell wildcards)."""
+    l1: NotNegative = 0.0
+    """L1 penalty: this times the sign of each trained weight is added to its gradient, where `weight_decay` acts; not part of the loss that is shown."""
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), FROM_YAML] = 1.0
+    """Learning rate of each layer as a share of that of the layer above: the head 1, the last block this, the embeddings least."""
+    beta1: Fraction | None = None
+    """Decay of the first moment; left out, the optimiser's own: 0.9."""
+    beta2: Fraction | None = None
+    """Decay of the second moment; left out, the optimiser's own: 0.999, lion 0.99."""
+    eps: Positive | None = None
+    """AdamW's epsilon; left out, 1e-8."""
+    momentum: Fraction | None = None
+    """sgd and muon: decay of the momentum; left out, 0.9 and 0.95."""
+    neftune_noise_alpha: Positive | None = None
+    """NEFTune: uniform noise on the embeddings while training, at most this / sqrt(tokens x width); 5 is usual."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), FROM_YAML] | None = None
+    """Keep an exponential moving average of the trained weights with this decay; `fleetune convert --ema` writes it."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: `stop` names step, samples and layer; `skip` leaves the step's update out, counts it, and stops after 20 in a row."""
     max_grad_norm: Positive | None = 1.0
     """Global gradient norm is clipped to this; null for no clipping."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
         _exactly_one(self, "max_steps", "num_epochs")
+        given = [key for key in ("warmup_steps", "warmup_ratio", "warmup_tokens") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"has both `{given[0]}` and `{given[1]}`; remove one of them")
         return self
 
 
@@ -362,11 +415,55 @@ class EvaluationSection(Section):
     """Score the held-out samples after this many steps; they are always scored at the end."""
     max_samples: PositiveInt | None = None
     """Held-out samples scored during training, from the first on; left out, all."""
+    metric: Text | None = None
+    """The score that says which checkpoint is best (`loss`, `accuracy`, `f1`, ...): it is kept, and named at the end."""
+    patience: PositiveInt | None = None
+    """Stop early after this many evaluations without a better `metric`."""
+    min_delta: NotNegative = 0.0
+    """By how much a score must be better to count."""
+
+    @model_validator(mode="after")
+    def _metric_and_when(self) -> EvaluationSection:
+        if self.metric is None and (self.patience is not None or self.min_delta):
+            raise ValueError("has `patience` or `min_delta`, but no `metric` that they would be about; give one")
+        if self.metric is not None and self.every_steps is None:
+            raise ValueError("has a `metric` to choose the best step by, but scores only the last; give `every_steps`")
+        return self
 
 
 class TrackingSection(Section):
     log_every_steps: PositiveInt = 10
     """A record in `metrics.jsonl` and, when not on a terminal, a printed line, per this many steps."""
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Who else gets the records: `[tensorboard]` (files in `<output_dir>/tensorboard`), `wandb`, `mlflow`, `trackio`."""
+    project: Text = "fleetune"
+    """Project (MLflow: experiment) of the run there."""
+    run_name: Text | None = None
+    """Its name there; left out, the last part of `output_dir`."""
+    hang_seconds: PositiveInt = 600
+    """Every rank that sees no progress for so long writes its stack to `<output_dir>/logs/stacks-*.txt`."""
+
+
+class SweepRange(Section):
+    low: Number
+    """Least value."""
+    high: Number
+    """Greatest value."""
+    log: Bool = False
+    """Drawn evenly by its logarithm, as learning rates are."""
+    step: Number | None = None
+    """Distance between the values; left out, 1 for integers and none for other numbers."""
+
+
+class SweepSection(Section):
+    parameters: Annotated[dict[Text, tuple[Bool | Int | float | Text | None, ...] | SweepRange], Field(min_length=1)]
+    """What is varied, by dotted key: a list of values, or `{low: 1e-5, high: 1e-3, log: true}`."""
+    trials: PositiveInt = 20
+    """Runs that are made, those included that were given up."""
+    metric: Text | None = None
+    """The score that is searched for; left out, `evaluation.metric`, else `loss`."""
+    pruning: Literal["median", "none"] = "median"
+    """Give up on a trial whose score is worse than the median of the others at the same step; needs `evaluation.every_steps`."""
 
 
 class JobSpec(Section):
@@ -396,6 +493,10 @@ class JobSpec(Section):
     """What is written down while it runs."""
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the dropout and the data order."""
+    sweep: SweepSection | None = None
+    """What `fleetune sweep` varies: `{parameters: {training.lr: {low: 1e-5, high: 1e-3, log: true}}}`."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """Runs one after the other: each a `name` and the keys that it changes; a stage starts from the last one's model."""
 
     @property
     def prepared_dir(self) -> str:

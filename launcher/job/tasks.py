@@ -43,6 +43,23 @@ DATA_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Key of the section -> the tasks for which it means something. A key that is not here belongs to all."""
 
+_OF_LANGUAGE = ("loss", "perplexity", "accuracy")
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal_lm": _OF_LANGUAGE,
+    "chat": _OF_LANGUAGE,
+    "masked_lm": _OF_LANGUAGE,
+    "sequence_classification": (
+        *("loss", "accuracy", "precision", "recall", "f1"),
+        *("precision_micro", "recall_micro", "f1_micro", "f1_binary", "matthews"),
+    ),
+    "regression": ("loss", "mae", "pearson", "spearman"),
+    "token_classification": ("loss", "accuracy", "precision", "recall", "f1", "f1_macro"),
+    "extractive_qa": ("loss", "exact_match", "f1"),
+    "preference": ("loss", "accuracy", "chosen_reward", "rejected_reward", "reward_margin"),
+}
+"""Scores of the held-out samples by which a checkpoint may be called the best; some only where the labels allow them."""
+LOWER_IS_BETTER = ("loss", "perplexity", "mae")
+
 SHAPE_ROWS = ("labels", "multi_label", "whole_words", "doc_stride", "chat_template")
 """Options of the task that decide what is in the prepared rows; the others only say how they are learnt."""
 
@@ -64,6 +81,7 @@ def check_task(spec: JobSpec) -> None:
         *_unknown_columns(spec),
         *_idle_batching(spec),
         *_contradictions(spec),
+        *_unknown_metric(spec),
     ]
     if problems:
         raise SpecError.several(problems)
@@ -96,6 +114,13 @@ def _idle_batching(spec: JobSpec) -> Iterator[Problem]:
     if spec.data.mixture and spec.training.num_epochs is not None:
         rule = "is no length of a mixture, whose sources have epochs of their own"
         yield Problem("training.num_epochs", spec.training.num_epochs, rule, "set training.max_steps instead")
+
+
+def _unknown_metric(spec: JobSpec) -> Iterator[Problem]:
+    metric, known = spec.evaluation.metric, METRICS[spec.task.name]
+    if metric is not None and metric not in known:
+        rule = f"is no score of {spec.task.name}"
+        yield Problem("evaluation.metric", metric, rule, f"choose one of {', '.join(known)}")
 
 
 def _contradictions(spec: JobSpec) -> Iterator[Problem]:

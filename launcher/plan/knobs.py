@@ -15,6 +15,7 @@ from typing import Any
 from launcher.errors import SpecError
 from launcher.job.cluster import Cluster
 from launcher.job.spec import JobSpec, ParallelSection
+from launcher.job.together import check_device, permits
 from launcher.plan.layout import ENGINE_OF, GROUPED, Layout
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3", "hsdp", "hpz")
@@ -100,6 +101,9 @@ def _of_strategy(strategy: str, spec: JobSpec, cluster: Cluster) -> Iterator[Lay
     for group in _groups(strategy, spec):
         for reshard in _allowed(parallel.reshard_after_forward, can.reshards if spec.num_ranks > 1 else (True,)):
             for optimizer, params in _offloads(can, spec, cluster):
+                places = {"parallel.strategy": strategy, "parallel.offload_optimizer": optimizer}
+                if not permits(spec, places):
+                    continue
                 for recompute in _allowed(parallel.recompute, ("none", "full")):
                     yield replace(
                         plain,
@@ -148,6 +152,7 @@ def _wrong_group(size: int, spec: JobSpec) -> bool:
 def _check_machine(spec: JobSpec, cluster: Cluster) -> None:
     """Fixed keys that this machine, or this number of ranks, cannot honour under any strategy."""
     parallel = spec.parallel
+    check_device(spec, cluster.gpu.kind)
     for key in ("offload_optimizer", "offload_params"):
         asked = getattr(parallel, key)
         if asked in ("cpu", "nvme") and cluster.gpu.kind == "cpu":

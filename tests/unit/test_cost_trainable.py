@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
+from launcher.cost.architecture import model_config
 from launcher.cost.trainable import apply_method, new_head
-from launcher.errors import SpecError
+from launcher.errors import ModelError, SpecError
 from launcher.job.spec import MethodSection
 from tests.unit.costs import spec_of
 
@@ -171,3 +172,30 @@ def test_a_spec_that_was_written_down_can_be_read(method: Any) -> None:
     spec = spec_of(method=method)
     raw = json.loads(spec.model_dump_json())
     assert spec_of(method=raw["method"]) == spec
+
+
+def test_all_but_the_head_is_frozen() -> None:
+    """A classifier's head and pooler, a language model's own output layer; where that is the embeddings, it is refused."""
+    bert = apply_method(built("bert", "AutoModelForSequenceClassification"), MethodSection(freeze_all_but_head=True))
+    assert trained(bert) == {"classifier.weight", "classifier.bias"}
+    llama = apply_method(built("llama"), MethodSection(freeze_all_but_head=True))
+    assert trained(llama) == {"lm_head.weight"}
+    with pytest.raises(SpecError, match="GPT2LMHeadModel is tied to the embeddings"):
+        apply_method(built("gpt2"), MethodSection(freeze_all_but_head=True))
+    with pytest.raises(ValueError, match="freezes more or less beside it"):
+        MethodSection(freeze_all_but_head=True, freeze_blocks=1)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+def test_dropout_is_that_of_the_spec_everywhere(model_type: str) -> None:
+    """In the modules that are built, and in what they keep of the config for their attention."""
+    sizes = GPT2 if model_type == "gpt2" else SMALL
+    config = model_config(spec_of(model={"from_config": {"model_type": model_type, **sizes}, "dropout": 0.25}))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    kept = [module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")]
+    found = dropouts + [getattr(value, "p", value) for value in kept]
+    assert found
+    assert set(found) == {0.25}
+    with pytest.raises(ModelError, match="has no effect on mamba"):
+        model_config(spec_of(model={"from_config": {"model_type": "mamba"}, "dropout": 0.25}))
