@@ -30,8 +30,12 @@ class Engine(Protocol):
     def num_skipped(self) -> int:
         """Steps so far, before a resume too, that updated nothing because a scaled fp16 gradient overflowed."""
 
-    def step(self, lr: float) -> float | None:
-        """Clip, update, clear; returns the global gradient norm before clipping, None when the step was skipped."""
+    @property
+    def first_nonfinite(self) -> str | None:
+        """After a step whose gradient was not finite: a parameter of this rank in whose gradient it was seen, if known."""
+
+    def step(self, lr: float, number: int) -> float | None:
+        """Clip, update, clear, after `number` such steps; returns the global gradient norm before clipping, None when the step was skipped."""
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Logits without dropout or gradient."""

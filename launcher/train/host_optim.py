@@ -9,7 +9,7 @@ import torch
 from launcher.errors import UserError
 from launcher.job.spec import TrainingSection
 from launcher.plan.layout import Layout
-from launcher.train.optim import adamw
+from launcher.train.optim import adamw, setting
 from launcher.train.report import LOG
 
 
@@ -17,9 +17,9 @@ def host_adamw(groups: list[dict[str, Any]], training: TrainingSection) -> torch
     """The log says which. The numbers agree to fp32 rounding, the speed does not."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    betas = (training.beta1, training.beta2)
+    betas, eps = (setting(training, "beta1"), setting(training, "beta2")), setting(training, "eps")
     try:
-        optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=betas, eps=training.eps, adamw_mode=True)
+        optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=betas, eps=eps, adamw_mode=True)
     except (RuntimeError, OSError, ImportError) as error:  # no compiler, no headers, an op that does not load
         reason = str(error).strip().partition("\n")[0]
         LOG.warning("optimiser on the host: torch AdamW, since DeepSpeedCPUAdam cannot be built here (%s)", reason)

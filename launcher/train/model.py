@@ -12,8 +12,9 @@ from launcher.cost.architecture import head_class, model_config
 from launcher.cost.trainable import apply_method, new_head
 from launcher.data.prepared import PreparedData
 from launcher.errors import ModelError
-from launcher.job.spec import JobSpec
+from launcher.job.spec import ADAPTERS, JobSpec
 from launcher.task import Task
+from launcher.train import quantised
 from launcher.train.report import LOG
 
 
@@ -37,7 +38,7 @@ def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Built:
     heads = tuple(f"{head}." for head in new_head(model))
     adapted = apply_method(model, spec.method).train()
     lost = {name for name in drawn if not name.startswith(heads)}  # frozen and drawn; heads are trained, and so saved
-    return Built(adapted, spec.method.name == "lora" and spec.model.path is not None and not lost)
+    return Built(adapted, spec.method.name in ADAPTERS and spec.model.path is not None and not lost)
 
 
 def _opened(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str]]:
@@ -47,8 +48,14 @@ def _opened(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str
     if spec.model.path is None:
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     model, loaded = kind.from_pretrained(
-        spec.model.path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        spec.model.path,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **quantised.opening(spec),
     )
+    quantised.settle(model)
     _say_missing(loaded["missing_keys"])
     return model, set(loaded["missing_keys"])
 

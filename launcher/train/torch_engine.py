@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -20,18 +21,16 @@ from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import ModelInputs
-from launcher.train.optim import adamw, parameter_groups
+from launcher.train.update import Update
 
 
 class TorchEngine:
     folder_name = "dcp"
-    num_skipped = 0
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
         self._inputs = ModelInputs(plan, spec, model)
         self._device = device
-        self._max_norm = spec.training.max_grad_norm
         layout = plan.chosen.layout
         sharded = layout.strategy in STRATEGIES
         self._autocast_bf16 = layout.precision == "bf16" and not sharded
@@ -43,7 +42,10 @@ class TorchEngine:
             self._model = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
         else:
             self._model = model.to(device)
-        self._optimizer = adamw(parameter_groups(self._model, spec.training.weight_decay), spec.training, device)
+        self._frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        # what is not yet unfrozen has no moments in a checkpoint; everything else must be there
+        self._planner = DefaultLoadPlanner(allow_partial_load=spec.method.unfreeze_every_steps is not None)
+        self._update = Update(model, spec, device)  # by the names of the model itself, not of what wraps it
 
     def _logits(self, batch: Batch) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
@@ -57,14 +59,16 @@ class TorchEngine:
             (loss_sum * scale).backward()
         return loss_sum.detach()
 
-    def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm or float("inf"))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor holds this rank's share
-        return float(whole)
+    @property
+    def num_skipped(self) -> int:
+        return self._update.num_skipped
+
+    @property
+    def first_nonfinite(self) -> str | None:
+        return self._update.first_nonfinite
+
+    def step(self, lr: float, number: int) -> float:
+        return self._update.step(lr, number)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -78,24 +82,39 @@ class TorchEngine:
 
     def load(self, folder: Path, with_frozen: bool = True) -> None:
         """Into this world's sharding, whatever the one that saved: DCP reshards."""
-        state = self._state(with_frozen)
-        dcp.load(state, checkpoint_id=str(folder / self.folder_name))
+        state, path = self._state(with_frozen), str(folder / self.folder_name)
+        average = state.get("ema")
+        if average and not any(name.startswith("ema.") for name in _stored_names(path)):
+            del state["ema"]  # asked for since: it starts at the weights that are loaded
+        dcp.load(state, checkpoint_id=path, planner=self._planner)
         set_state_dict(
             self._model,
-            self._optimizer,
+            self._update.optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optim"],
             options=StateDictOptions(strict=with_frozen),
         )
+        if self._update.average is not None and "ema" not in state:
+            self._update.average.restart()
 
     def _state(self, with_frozen: bool) -> dict[str, Any]:
         """By parameter name, so that it can be read under another sharding."""
         options = StateDictOptions(ignore_frozen_params=not with_frozen)
-        model, optim = get_state_dict(self._model, self._optimizer, options=options)
-        return {"model": model, "optim": optim}
+        model, optim = get_state_dict(self._model, self._update.optimizers, options=options)
+        if not with_frozen:  # the scales of quantised weights are neither parameters nor buffers
+            model = {name: tensor for name, tensor in model.items() if not self._belongs_to_frozen(name)}
+        average = {"ema": self._update.average.tensors} if self._update.average is not None else {}
+        return {"model": model, "optim": optim, **average}
+
+    def _belongs_to_frozen(self, name: str) -> bool:
+        return any(name.startswith(f"{frozen}.") for frozen in self._frozen)
 
     def close(self) -> None:
         self._model = None
+
+
+def _stored_names(path: str) -> list[str]:
+    return list(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
 def _shard(model: Any, plan: Plan, device: torch.device) -> Any:

@@ -19,13 +19,14 @@ from launcher.plan.values import Plan
 from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import ModelInputs
 from launcher.train.host_optim import check_nvme, host_adamw
-from launcher.train.optim import adamw, parameter_groups
+from launcher.train.optim import make_optimizer, parameter_groups, take_shares
 
 TAG = "zero"
 
 
 class ZeroEngine:
     folder_name = "zero"
+    first_nonfinite = None  # DeepSpeed has dropped the gradients when it says that they overflowed
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
@@ -39,10 +40,11 @@ class ZeroEngine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         layout = plan.chosen.layout
         check_nvme(layout)
-        groups, on_host = parameter_groups(model, spec.training.weight_decay), layout.offload_optimizer != "none"
+        groups, on_host = parameter_groups(model, spec.training), layout.offload_optimizer != "none"
+        self._shares = take_shares(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device) if STAGES[layout.strategy] < 3 else model,
-            optimizer=host_adamw(groups, spec.training) if on_host else adamw(groups, spec.training, device),
+            optimizer=host_adamw(groups, spec.training) if on_host else make_optimizer(groups, spec.training, device),
             config=deepspeed_config(plan, spec, load_preset(spec, layout)),
             dist_init_required=False,
         )
@@ -60,9 +62,9 @@ class ZeroEngine:
     def num_skipped(self) -> int:
         return int(self._engine.skipped_steps)
 
-    def step(self, lr: float) -> float | None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, number: int) -> float | None:
+        for group, share in zip(self._optimizer.param_groups, self._shares, strict=True):
+            group["lr"] = lr * share
         assert self._engine.is_gradient_accumulation_boundary(), "the plan and DeepSpeed count alike"
         self._engine.step()
         if not self._engine.was_step_applied():  # in fp32 and bf16, too, DeepSpeed skips what is not finite

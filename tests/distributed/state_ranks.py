@@ -69,7 +69,7 @@ def held_bytes(spec: JobSpec, num_ranks: int) -> dict[str, int]:
     engine.accumulate(batch, 1.0, is_last=True)
     look = zero_state if hasattr(engine, "_engine") else torch_state
     before = look(engine)
-    engine.step(1e-3)
+    engine.step(1e-3, 0)
     after = look(engine)
     engine.close()
     return {**before, **{name: after[name] for name in ("optimiser", "persistent parameters") if name in after}}
@@ -80,7 +80,12 @@ def torch_state(engine: Any) -> dict[str, int]:
     return {
         "parameters": size(params),
         "gradients": size(p.grad for p in params if p.grad is not None),
-        "optimiser": size(value for state in engine._optimizer.state.values() for value in state.values()),
+        "optimiser": size(
+            value
+            for optimizer in engine._update.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+        ),
     }
 
 
