@@ -86,10 +86,12 @@ def _for_this_world(spec: JobSpec, nodes: int, ranks_per_node: int) -> JobSpec:
 def _agreed_plan(spec: JobSpec):  # type: ignore[no-untyped-def]  # Plan, imported late
     from launcher.cost.cache import cached_cost
     from launcher.emit import check_runnable
+    from launcher.job.packages import check_packages
     from launcher.plan import make_plan
     from launcher.train.agree import decide_on_first
 
     def decide():  # type: ignore[no-untyped-def]
+        check_packages(spec)
         plan = make_plan(spec, cached_cost(spec), load_cluster(spec.cluster.name))
         check_runnable(spec, plan)
         folder = Path(spec.output_dir)

@@ -33,6 +33,7 @@ from launcher.stored.tensors import Progress, TensorEntry, TensorSource
 from launcher.stored.zero import ZeroSource
 from launcher.train.manifest import read_saved
 from tools.adapter import OPENERS, MergedSource, has_adapter, read_adapted, write_adapter
+from tools.averages import MovingAverage, best_step, mean_of_last
 from tools.formats.expected import Expected, check_tied, choose, expected_tensors
 from tools.formats.hf import (
     DTYPE_NAMES,
@@ -83,24 +84,38 @@ def convert(
     config_dir: str | Path | None = None,
     merge: bool = False,
     base_dir: str | Path | None = None,
+    best: bool = False,
+    ema: bool = False,
+    average: int = 1,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """`source` (`zero:DIR`, `dcp:DIR` or a recognisable `DIR`) to `target` (`hf:OUT`).
 
     `dtype` (fp32, bf16, fp16) casts floating tensors; None keeps them as stored. A run with adapters becomes a PEFT
-    folder, or with `merge` the whole model, for which `base_dir` says where the base weights lie now.
+    folder, or with `merge` the whole model, for which `base_dir` says where the base weights lie now. `best` takes the
+    checkpoint that the run names as the best, `ema` its moving average of the weights, `average` the mean of so many of
+    the newest checkpoints.
     Raises CheckpointError for whatever is wrong with the input; OUT then does not exist.
     """
     report = progress or _silent
     kind, path = _split(source, get_args(Kind))
     out = Path(_split(target, ("hf",))[1])
     _check_options(dtype, shard_size_bytes)
+    if sum((best, ema, average > 1)) > 1 and not (best and ema):
+        raise CheckpointError(
+            "--average", average, "is a choice of checkpoints of its own", "give it without the others"
+        )
     _check_target(out)
-    checkpoint = locate(Path(path), cast(Kind | None, kind))
+    checkpoint = locate(best_step(Path(path)) if best else Path(path), cast(Kind | None, kind))
     configs = _config_dir(checkpoint, Path(config_dir) if config_dir else None)
     if merge and not has_adapter(configs):
         raise CheckpointError("--merge", ABSENT, f"{path} holds no adapters", "leave it out")
-    opened = Opened(checkpoint, configs, _open_source(checkpoint, report), _base(checkpoint, base_dir))
+    tensors = _open_source(checkpoint, report)
+    if ema:
+        tensors = MovingAverage(checkpoint, tensors)
+    elif average > 1:
+        tensors = mean_of_last(Path(path), average, lambda found: _open_source(found, report))
+    opened = Opened(checkpoint, configs, tensors, _base(checkpoint, base_dir))
     if has_adapter(configs) and not merge:
         return _write_adapter(opened, out, dtype)
     plan = _plan(opened, dtype, shard_size_bytes)
@@ -314,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard-size", default="5GB", help="largest size of one weights file (default: %(default)s)")
     parser.add_argument("--config", metavar="DIR", help="folder with config.json and tokenizer, if the source has none")
     parser.add_argument("--merge", action="store_true", help="adapters: write the model with them merged into it")
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the best held-out score")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (training.ema_decay)")
+    parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the last N checkpoints")
     parser.add_argument("--base", metavar="DIR", help="adapters: folder of the base model, where it has moved")
     return parser
 
@@ -339,6 +357,9 @@ def main(argv: list[str] | None = None) -> int:
                 config_dir=options.config,
                 merge=options.merge,
                 base_dir=options.base,
+                best=options.best,
+                ema=options.ema,
+                average=options.average,
                 progress=show,
             )
     except UserError as error:

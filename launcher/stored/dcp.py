@@ -40,16 +40,19 @@ class Chunk:
 
 
 class DcpSource:
-    """The model's tensors in a DCP folder; a `TensorSource`. Optimizer state and non-tensors are left alone."""
+    """The model's tensors in a DCP folder; a `TensorSource`. Optimizer state and non-tensors are left alone.
 
-    def __init__(self, folder: Path) -> None:
+    root: what they were saved under; `ema` for the average of the weights.
+    """
+
+    def __init__(self, folder: Path, root: str = "model") -> None:
         file = folder / ".metadata"
         with file.open("rb") as stream:
             metadata = unpickle(stream, file)
         with damage_named(file):
             entries = metadata.state_dict_metadata
             places = _places(folder, metadata.storage_data)
-            keys = _model_keys({key for key, entry in entries.items() if hasattr(entry, "chunks")}, metadata)
+            keys = _model_keys({key for key, entry in entries.items() if hasattr(entry, "chunks")}, metadata, root)
             self.chunks = {name: _chunks(file, key, entries[key], places) for name, key in keys.items()}
             self.tensors = {name: _entry(entries[key]) for name, key in keys.items()}
         self.aliases: dict[str, str] = {}
@@ -88,7 +91,7 @@ def _places(folder: Path, storage_data: Any) -> dict[tuple[str, tuple[int, ...]]
     return places
 
 
-def _model_keys(keys: set[str], metadata: Any) -> dict[str, str]:
+def _model_keys(keys: set[str], metadata: Any, root: str) -> dict[str, str]:
     """Parameter name -> key in the checkpoint.
 
     DCP flattens `{"model": {"a.b": t}}` to the key `model.a.b` and keeps the path ("model", "a.b") in `planner_data`;
@@ -96,8 +99,10 @@ def _model_keys(keys: set[str], metadata: Any) -> dict[str, str]:
     """
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     split = {key: tuple(map(str, paths.get(key, (key,)))) for key in sorted(keys)}
-    inside = {".".join(path[path.index("model") + 1 :]): key for key, path in split.items() if "model" in path[:-1]}
-    return inside or {".".join(path): key for key, path in split.items() if path[0] not in OPTIMIZER_ROOTS}
+    inside = {".".join(path[path.index(root) + 1 :]): key for key, path in split.items() if root in path[:-1]}
+    if inside or root != "model":
+        return inside
+    return {".".join(path): key for key, path in split.items() if path[0] not in OPTIMIZER_ROOTS}
 
 
 def _entry(metadata: Any) -> TensorEntry:

@@ -33,8 +33,13 @@ from launcher.train.manifest import MANIFEST, Manifest, Saved, read_saved
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
-def save_checkpoint(root: Path, engine: Engine, manifest: Manifest, hf_files: Path, keep_last: int) -> Path:
-    """All ranks together; returns the folder once it is complete. `manifest.files` is filled in here."""
+def save_checkpoint(
+    root: Path, engine: Engine, manifest: Manifest, hf_files: Path, keep_last: int, best_step: int | None = None
+) -> Path:
+    """All ranks together; returns the folder once it is complete. `manifest.files` is filled in here.
+
+    best_step: a step whose checkpoint is kept beside the last ones.
+    """
     final = root / f"step-{manifest.step:08d}"
     partial = final.with_suffix(".tmp")
     decide_on_first(lambda: _fresh_folder(partial))
@@ -43,7 +48,7 @@ def save_checkpoint(root: Path, engine: Engine, manifest: Manifest, hf_files: Pa
     decide_on_first(lambda: _copy_hf(hf_files, partial))
     files = _checksums(partial)
     decide_on_first(lambda: _seal(partial, final, manifest, files))
-    decide_on_first(lambda: _prune(root, keep_last))
+    decide_on_first(lambda: _prune(root, keep_last, best_step))
     return final
 
 
@@ -102,9 +107,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(root: Path, keep_last: int) -> None:
+def _prune(root: Path, keep_last: int, best_step: int | None = None) -> None:
     for folder in _step_folders(root)[keep_last:]:
-        if (folder / MANIFEST).is_file():
+        if folder.name != f"step-{best_step or 0:08d}" and (folder / MANIFEST).is_file():
             (folder / MANIFEST).unlink()  # first no checkpoint any more, then gone
             shutil.rmtree(folder)
 

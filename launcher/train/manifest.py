@@ -33,6 +33,10 @@ class Manifest:
     """Relative path -> `size` in bytes and `blake2b`."""
     base: dict[str, Any] | None = None
     """Where the frozen weights lie that this checkpoint does not hold: `path`, `folder`, `files` with checksums."""
+    best: dict[str, Any] | None = None
+    """The best held-out score until then: `metric`, `value`, `step`, and `stale`, the evaluations since."""
+    skipped_steps: int = 0
+    """Steps until then that updated nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,11 @@
-"""The most memory that any rank's device held, for the records of a run. A CPU has no such account, and none is made up."""
+"""The most memory that any rank held, of its device and of the host, for the records of a run.
+
+A CPU has no account of what is allocated on it as a device, and none is made up.
+"""
 
 from __future__ import annotations
+
+import resource
 
 import torch
 import torch.distributed as dist
@@ -22,3 +27,11 @@ def device_peaks(device: torch.device) -> dict[str, int]:
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "context_bytes")
     return dict(zip(names, largest.tolist(), strict=True))
+
+
+def host_peak(device: torch.device) -> dict[str, int]:
+    """Bytes of host memory that the largest rank's process has held at most. A collective: all ranks call it."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    largest = torch.tensor(most, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return {"peak_host_bytes": int(largest)}

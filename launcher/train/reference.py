@@ -24,7 +24,7 @@ from launcher.task.preference import Preference
 from launcher.train.agree import decide_on_first
 
 if TYPE_CHECKING:
-    from launcher.train.loop import Run
+    from launcher.train.start import Run
 
 Scores = NDArray[np.float64]
 """(samples of a split, 2): log-probability in nats of the chosen and of the rejected answer; nan where not computed."""

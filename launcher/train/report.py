@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher.train.trackers import Tracker, numbers
 from launcher.units import show_count
 
 METRICS = "metrics.jsonl"
@@ -37,7 +39,15 @@ def open_rank_log(output_dir: Path, rank: int) -> None:
 class Reporter:
     """Rank 0's; the other ranks' reporters only log."""
 
-    def __init__(self, output_dir: Path, is_first: bool, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        is_first: bool,
+        first_step: int,
+        num_steps: int,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self._trackers = trackers
         self._path = output_dir / METRICS if is_first else None
         self._console = Console(stderr=True, quiet=not is_first)
         self._progress = Progress(
@@ -59,6 +69,8 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
 
     def advance(self, step: int) -> None:
         self._progress.update(self._bar, completed=step)
@@ -70,6 +82,8 @@ class Reporter:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(numbers(kind, values), int(values["step"]))
         text = _shown(kind, values)
         if kind == "train":
             self._progress.update(self._bar, note=text)
@@ -85,8 +99,9 @@ def _shown(kind: str, values: dict[str, Any]) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
     rate = f"{show_count(values['tokens_per_second'])} tokens/s"
     norm = values["grad_norm"]
-    step = "overflow: skipped" if norm is None else f"grad norm {norm:.3g}"
-    return f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {step}  {rate}"
+    step = "not finite: skipped" if norm is None else f"grad norm {norm:.3g}"
+    loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
+    return f"loss {loss}  lr {values['lr']:.2e}  {step}  {rate}"
 
 
 def _forget_after(path: Path, step: int) -> None:

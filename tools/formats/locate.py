@@ -66,6 +66,13 @@ def _step_dir(path: Path) -> Path | None:
     return next(iter(complete or newest_first), None)
 
 
+def steps_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a fleetune run, newest first."""
+    holder = run / "checkpoints"
+    folders = [path for path in holder.glob("step-*") if STEP.fullmatch(path.name)] if holder.is_dir() else []
+    return sorted((path for path in folders if (path / MANIFEST).is_file()), reverse=True)
+
+
 def _is_step(folder: Path) -> bool:
     """A step folder of ours, finished or not, rather than a folder of DeepSpeed's that is called like one."""
     return any((folder / name).exists() for name in (MANIFEST, "hf", *KINDS))
