@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from launcher.command import cost, data, doctor, launch, plan, spec, tools
+from launcher.command import cost, data, doctor, find, launch, plan, spec, tools, tune
 from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, FleetuneError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command()(cost.cost)
 app.command()(data.prepare)
 app.add_typer(data.data_app, name="data")
 app.command()(launch.launch)
+app.command("lr-find")(find.lr_find)
+app.command()(tune.sweep)
 app.command(context_settings=FORWARDED, add_help_option=False)(tools.convert)
 app.command("eval", context_settings=FORWARDED, add_help_option=False)(tools.evaluate)
 app.command("explain", context_settings=FORWARDED, add_help_option=False)(tools.explain)

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,19 +37,36 @@ def start_python(module: str, environment: Mapping[str, str]) -> subprocess.Pope
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=told)
 
 
-def run_until_done(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+POLL_SECONDS = 0.5
+
+
+def run_until_done(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    stop_when: Callable[[], bool] | None = None,
+    output: IO[str] | None = None,
+) -> int:
     """Run a launcher in the foreground and return its exit code.
+
+    stop_when: asked twice a second; once it says yes the ranks are told to stop, which they do after saving.
+    output: where what it writes goes, instead of to the screen.
 
     SIGTERM and SIGUSR2 are handed to the ranks themselves, past the launcher, and then waited for: the ranks save and
     leave. Told to stop, torchrun would kill them after 30 seconds, and DeepSpeed's runner leaves them running behind.
     """
-    child = subprocess.Popen(list(argv), env={**os.environ, **environment})
+    told = {**os.environ, "PYTHONPATH": _python_path(), **environment}
+    child = subprocess.Popen(list(argv), env=told, stdout=output, stderr=output)
     forwarded = (signal.SIGTERM, signal.SIGUSR2)
     before = {
         number: signal.signal(number, lambda received, _: _signal_leaves(child.pid, received)) for number in forwarded
     }
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the ranks as well
     try:
+        while stop_when is not None and child.poll() is None:
+            if stop_when():
+                _signal_leaves(child.pid, signal.SIGTERM)
+                break
+            time.sleep(POLL_SECONDS)
         return child.wait()
     finally:
         for number, handler in before.items():

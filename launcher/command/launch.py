@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.command.options import Overrides, SpecPath, Via, ViaOption
 from launcher.command.plan import batch_script, emitted, made_plan
+from launcher.command.stages import launch_stages, refuse_elsewhere
 from launcher.errors import ABSENT, EXIT_DONE, EXIT_OURS, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
     via: ViaOption = Via.auto,
 ) -> None:
-    """Plan, then start the ranks: here with the launcher that fits the plan, or as a Slurm job."""
+    """Plan, then start the ranks: here with the launcher that fits the plan, or as a Slurm job; stages one by one."""
+    raw, names = _stages(spec_path, overrides)
+    if names:
+        if dry_run or via is not Via.auto:
+            raise refuse_elsewhere(names)
+        raise typer.Exit(launch_stages(spec_path, raw, names, overrides))
     spec, made = made_plan(spec_path, overrides)
     if via is Via.slurm:
         _launch_by_slurm(spec, batch_script(spec, made, spec_path, overrides), dry_run)
@@ -33,10 +39,22 @@ def launch(
         _launch_here(spec, made, spec_path, overrides, via, dry_run)
 
 
+def _stages(spec_path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The spec as written, and its stages where none of them is chosen."""
+    from launcher.job.load import apply_override, read_yaml
+    from launcher.job.stages import STAGE, stage_names
+
+    raw = read_yaml(spec_path, what="job spec")
+    for override in overrides:
+        apply_override(raw, override)
+    return raw, [] if STAGE in raw else stage_names(raw)
+
+
 def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str], via: Via, dry_run: bool) -> None:
     import os
 
     from launcher.emit import launch_command
+    from launcher.job.packages import check_packages
     from launcher.plan.explain import explain
     from launcher.spawn import free_port, run_until_done
 
@@ -52,6 +70,7 @@ def _launch_here(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str
                 typer.echo(f"\n# {name}\n{text}")
         typer.echo(f"\n# command\n{command}")
         return
+    check_packages(spec)
     started = time.time()
     code = run_until_done(command.argv, command.environment)
     raise typer.Exit(_outcome(Path(spec.output_dir), started, code))
