@@ -178,6 +178,49 @@ CASES = [
     spec("unknown strategy", ("precision: fp32", "strategy: zero4")),
     spec("unknown strategy as shorthand", ("parallel: {precision: fp32}", "parallel: fsdpp")),
     spec("a negative seed", more="seed: -1\n"),
+    # what does not go together
+    spec(
+        "an optimiser that needs whole matrices",
+        ("max_steps: 20", "max_steps: 20, optimizer: muon"),
+        ("precision: fp32", "strategy: zero2"),
+    ),
+    spec("a setting of another optimiser", ("max_steps: 20", "max_steps: 20, momentum: 0.9")),
+    spec("a setting of another schedule", ("max_steps: 20", "max_steps: 20, lr_power: 2")),
+    spec(
+        "an average that no engine keeps",
+        ("max_steps: 20", "max_steps: 20, ema_decay: 0.99"),
+        ("precision: fp32", "strategy: zero3"),
+    ),
+    spec(
+        "an optimiser that is not of this machine",
+        ("max_steps: 20", "max_steps: 20, optimizer: paged_adamw"),
+        ("name: cluster.yaml", "name: cpu"),
+    ),
+    spec("frozen in two ways", more="method: {freeze_all_but_head: true, freeze_blocks: 1}\n"),
+    spec("a tied head alone", more="method: {freeze_all_but_head: true}\n"),
+    spec("an unknown score", more="evaluation: {every_steps: 5, metric: bleu}\n"),
+    spec("patience for nothing", more="evaluation: {every_steps: 5, patience: 2}\n"),
+    spec("two warm-ups", ("max_steps: 20", "max_steps: 20, warmup_steps: 2, warmup_ratio: 0.1")),
+    # searches and stages
+    spec("a sweep of nothing", command="sweep job.yaml"),
+    spec(
+        "a sweep from high to low",
+        more="sweep: {parameters: {training.lr: {low: 1, high: 0.1}}}\n",
+        command="sweep job.yaml",
+    ),
+    spec(
+        "a sweep of a key that is none", more="sweep: {parameters: {training.lrr: [1, 2]}}\n", command="sweep job.yaml"
+    ),
+    spec(
+        "a sweep for an unknown score",
+        more="sweep: {parameters: {training.lr: [1, 2]}, metric: f1}\n",
+        command="sweep job.yaml",
+    ),
+    spec("a range from high to low", command="lr-find job.yaml --from 1 --to 0.1"),
+    spec("a stage that is not chosen", more="stages: [{name: one}, {name: two}]\n"),
+    spec("a stage that is not there", more="stages: [{name: one}]\n", command="plan job.yaml --set stage=two"),
+    spec("stages with one name", more="stages: [{name: one}, {name: one}]\n", command="launch job.yaml"),
+    spec("stages on other machines", more="stages: [{name: one}]\n", command="launch job.yaml --via slurm"),
     # either, not both
     spec("neither max_steps nor num_epochs", (", max_steps: 20", "")),
     spec("both max_steps and num_epochs", ("max_steps: 20", "max_steps: 20, num_epochs: 1")),
