@@ -1,7 +1,7 @@
 """Runs with adapters: the checkpoint's tensors as peft's own folder, or merged into the weights they belong to.
 
-Names, shapes and arithmetic are peft's: the adapted model is built as training built it, and asked. Merging holds the
-whole model in memory, in fp32.
+Names, shapes and arithmetic are peft's: the adapted model is built as training built it, and asked. `MergedSource`
+holds the whole model in memory, in fp32; `tools/conversion/merging.py` needs it only where names differ.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import transformers
 from safetensors.torch import save_file
 
 from launcher.errors import ABSENT, CheckpointError
-from launcher.stored.records import StoredBytes
-from launcher.stored.tensors import TensorEntry, TensorSource
+from launcher.stored.tensors import TensorEntry
 from launcher.train.base import ADAPTER, check_base_files
+from tools.formats.state import State
+from tools.formats.values import whole
 
 OPENERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -29,10 +30,6 @@ OPENERS = {
 }
 """peft's name of a task -> its class that opens base and adapter together."""
 ANOTHER_SAVE = "take a checkpoint that every rank finished"
-
-
-def has_adapter(config_dir: Path) -> bool:
-    return (config_dir / ADAPTER / "adapter_config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,10 @@ class Adapted:
         return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
-def read_adapted(source: TensorSource, config_dir: Path, where: str) -> Adapted:
+def read_adapted(source: State, config_dir: Path, where: str) -> Adapted:
     """Raises `CheckpointError` when a tensor that was trained is missing or has another shape."""
     with torch.device("meta"):
-        model = _adapted(_kind(config_dir)(_settings(config_dir)), config_dir)
+        model = adapted_model(model_class(config_dir)(model_settings(config_dir)), config_dir / ADAPTER)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     return Adapted(model, _read(source, trained, where))
 
@@ -75,13 +72,13 @@ def write_adapter(
 class MergedSource:
     """The tensors of the model with its adapters merged into it; a `TensorSource` in memory."""
 
-    def __init__(self, source: TensorSource, config_dir: Path, base: Mapping[str, Any] | None, where: str) -> None:
-        kind, settings = _kind(config_dir), _settings(config_dir)
+    def __init__(self, source: State, config_dir: Path, base: Mapping[str, Any] | None, where: str) -> None:
+        kind, settings = model_class(config_dir), model_settings(config_dir)
         if base is None:
-            model = _adapted(kind(settings), config_dir)
+            model = adapted_model(kind(settings), config_dir / ADAPTER)
             needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         else:
-            model = _adapted(_base_model(kind, settings, check_base_files(dict(base))), config_dir)
+            model = adapted_model(_base_model(kind, settings, check_base_files(dict(base))), config_dir / ADAPTER)
             needed = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         model.load_state_dict(_read(source, needed, where), strict=False)
         try:
@@ -95,36 +92,43 @@ class MergedSource:
     def read(self, name: str) -> torch.Tensor:
         return self._state[name]
 
-    def records(self) -> list[StoredBytes]:
-        return []
-
 
 def _base_model(kind: Any, settings: Any, folder: Path) -> Any:
     return kind.from_pretrained(folder, config=settings, dtype=torch.float32, trust_remote_code=False)
 
 
-def _settings(config_dir: Path) -> Any:
+def model_settings(config_dir: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=False)
 
 
-def _kind(config_dir: Path) -> Any:
-    return getattr(transformers, _settings(config_dir).architectures[0])
+def model_class(config_dir: Path) -> Any:
+    return getattr(transformers, model_settings(config_dir).architectures[0])
 
 
-def _adapted(model: Any, config_dir: Path) -> Any:
+def adapted_model(model: Any, adapter_dir: Path) -> Any:
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():  # peft tells what it settles by itself
         warnings.simplefilter("ignore")
-        config = LoraConfig.from_pretrained(str(config_dir / ADAPTER))
+        config = LoraConfig.from_pretrained(str(adapter_dir))
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def _read(source: TensorSource, needed: Mapping[str, tuple[int, ...]], where: str) -> dict[str, torch.Tensor]:
+def file_names(model: Any) -> dict[str, str]:
+    """Name in an `adapter_model.safetensors` -> name in the adapted model."""
+    from peft import get_peft_model_state_dict
+
+    parameters = dict(model.named_parameters())
+    named = get_peft_model_state_dict(model, state_dict=dict(parameters), save_embedding_layers=False)
+    by_identity = {id(parameter): name for name, parameter in parameters.items()}
+    return {name: by_identity[id(parameter)] for name, parameter in named.items()}
+
+
+def _read(source: State, needed: Mapping[str, tuple[int, ...]], where: str) -> dict[str, torch.Tensor]:
     """No tensor may be missing, or shorter than the model's: an engine that gathered too little would lose rows."""
     for name, shape in needed.items():
         entry = source.tensors.get(name) or source.tensors.get(source.aliases.get(name, name))
         if entry is None or entry.shape != shape:
             found = "is missing" if entry is None else f"has shape {entry.shape} where {shape} was trained"
             raise CheckpointError(where, name, found, ANOTHER_SAVE)
-    return {name: source.read(source.aliases.get(name, name)) for name in needed}
+    return {name: whole(source.tensors[source.aliases.get(name, name)]) for name in needed}

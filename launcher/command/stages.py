@@ -34,8 +34,8 @@ def launch_stages(spec_path: Path, raw: dict[str, Any], names: list[str], overri
 
 def _convert(run: Path, model: Path) -> None:
     """The whole model, adapters merged into it."""
-    from tools.adapter import has_adapter
     from tools.convert import convert
+    from tools.formats.locate import has_adapter
 
     typer.echo(convert(str(run), f"hf:{model}", merge=has_adapter(run / "hf")).sentence())
 

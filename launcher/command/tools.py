@@ -9,10 +9,17 @@ import typer
 
 
 def convert(context: typer.Context) -> None:
-    """Sharded checkpoint -> folder that transformers opens; same as `python -m tools.convert`."""
+    """Any checkpoint -> any other format, and ready for inference; same as `python -m tools.convert`."""
     from tools.convert import main as convert_main
 
     raise typer.Exit(convert_main(context.args))
+
+
+def inspect(context: typer.Context) -> None:
+    """What a checkpoint of any format holds, or how two differ; same as `python -m tools.inspection`."""
+    from tools.inspection import main as inspect_main
+
+    raise typer.Exit(inspect_main(context.args))
 
 
 def evaluate(context: typer.Context) -> None:

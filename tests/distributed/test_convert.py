@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +12,9 @@ from safetensors.torch import load_file
 
 from tools.convert import convert
 
-RANKS = Path(__file__).with_name("convert_ranks.py")
 ZERO = [f"zero{stage}-{model}" for stage in (1, 2, 3) for model in ("gpt2", "llama", "bert", "bert_frozen")]
 BF16 = ["zero2_bf16-gpt2", "zero3_bf16-gpt2"]
 FSDP = ["fsdp-gpt2", "fsdp-llama", "fsdp-bert", "fsdp_plain-llama"]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All checkpoints, from one launch of two processes: DeepSpeed needs half a minute to start."""
-    out = tmp_path_factory.mktemp("saved")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*launcher, str(RANKS), str(out)], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
 
 
 def truth_of(saved: Path, case: str) -> dict[str, torch.Tensor]:

@@ -102,6 +102,8 @@ def model(name: str, path: str, **files: str) -> Case:
     )
 
 
+OUTSIDE = '{"weight_map": {"a": "../secret.safetensors"}}'
+
 CASES = [
     # the file
     Case("the spec is not there", "plan missing.yaml"),
@@ -337,6 +339,19 @@ CASES = [
     Case("doctor into a folder that is not there", "doctor --write-cluster new/here.yaml"),
     Case("doctor of an unknown device", "doctor --write-cluster here.yaml --device tpu"),
     Case("doctor of no disk", "doctor --write-cluster here.yaml --nvme ./nowhere"),
+    # checkpoints
+    Case("convert what is not there", "convert missing dcp:out"),
+    Case("convert to no format", "convert missing tensorflow:out"),
+    Case("convert over something", "convert job.yaml dcp:job.yaml"),
+    Case("convert to ONNX", "convert missing onnx:out"),
+    Case("convert no checkpoint", "convert m dcp:out", {"m/a.txt": "a"}),
+    Case("convert with an option of another format", "convert missing torch:out --ranks 2"),
+    Case("convert with a stage twice", "convert missing zero:out --strategy zero2 --stage 2"),
+    Case("convert with names in no JSON", "convert missing dcp:out --rename job.yaml"),
+    Case("convert to no size", "convert missing hf:out --shard-size big"),
+    Case("convert an index that points outside", "convert hf:m torch:out", {"m/model.safetensors.index.json": OUTSIDE}),
+    Case("convert a file cut short", "convert hf:m torch:out", {"m/model.safetensors": b"\x08\0\0\0\0\0\0\0{"}),
+    Case("inspect what is not there", "inspect missing"),
     Case("launch of what does not fit", "launch job.yaml --set cluster.name=none"),
 ]
 
@@ -393,7 +408,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
                 before = contents(folder)
                 output, code = run(shlex.split(case.argv))
                 changed = {name for name, _ in before.items() ^ contents(folder).items()}
-                found[case.name] = Outcome(output, code, changed)
+                found[case.name] = Outcome(output.replace(f"{folder}/", ""), code, changed)
     return found
 
 

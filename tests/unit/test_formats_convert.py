@@ -95,7 +95,7 @@ def test_any_folder_of_a_run_will_do(run: Path, tmp_path: Path, part: str, prefi
     assert truth.keys() - written.keys() == {"lm_head.weight"}
     assert all(torch.equal(written[name], truth[name]) for name in written)
     assert {file.name for file in result.folder.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
 
 
@@ -151,15 +151,16 @@ def bad_cases(run: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
         "empty": ([f"{tmp / 'empty'}", out], f"{tmp / 'empty'}: is empty; {ckpt}"),
         "unknown content": (
             [f"{tmp / 'text'}", out],
-            f"{tmp / 'text'}: is no checkpoint of a known format (DeepSpeed ZeRO, torch DCP, fleetune); {ckpt}",
+            f"{tmp / 'text'}: is no checkpoint of a known format (DeepSpeed, DCP, a model's folder); {ckpt}",
         ),
         "unknown format": (
             [f"megatron:{plain}", out],
-            f"megatron:{plain}: megatron is not a format that can stand here; use zero or dcp",
+            f"megatron:{plain}: megatron is not a format that can stand here; use zero or universal or dcp or hf or torch or peft",
         ),
         "unknown target": (
-            [str(plain), "gguf:x"],
-            "gguf:x: gguf is not a format that can stand here; use hf",
+            [str(plain), "tensorflow:x"],
+            "tensorflow:x: tensorflow is not a format that can stand here; "
+            "use zero or universal or dcp or hf or torch or peft or gguf or onnx",
         ),
         "wrong format": (
             [f"zero:{plain}", out],

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from launcher.errors import CheckpointError
 from launcher.stored.tensors import TensorEntry, safe_relative
 from tools.formats.expected import choose, expected_tensors
-from tools.formats.hf import HfSink, plan_shards, read_config, write_side_files
+from tools.formats.files import Copy
+from tools.formats.hf import read_config, write_json, write_side_files
+from tools.formats.values import Literal
+from tools.formats.write_hf import index_of, plan_hf
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -27,11 +30,11 @@ TENSORS = {
 
 
 def write(folder: Path, shard_bytes: int) -> list[Path]:
-    shards = plan_shards({name: TensorEntry(tuple(t.shape), t.dtype) for name, t in TENSORS.items()}, shard_bytes)
-    sink = HfSink(folder, shards)
-    for name in (name for shard in shards for name in shard.tensors):
-        sink.write(name, TENSORS[name])
-    sink.finish()
+    entries = {name: TensorEntry(tuple(t.shape), t.dtype) for name, t in TENSORS.items()}
+    files = plan_hf({name: Literal(tensor) for name, tensor in TENSORS.items()}, entries, shard_bytes)
+    Copy(folder, files, None, lambda _what, _done, _total: None).run("")
+    if (index := index_of(files)) is not None:
+        write_json(folder / index[0], index[1])
     return sorted(folder.glob("*.safetensors"))
 
 

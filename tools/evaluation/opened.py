@@ -24,9 +24,8 @@ from launcher.job.resources import cache_dir
 from launcher.task import Batch, logits_of
 from launcher.train.engine import model_inputs
 from launcher.train.manifest import MANIFEST
-from tools.adapter import has_adapter
 from tools.convert import convert
-from tools.formats.locate import Checkpoint, locate
+from tools.formats.locate import Checkpoint, has_adapter, locate
 from tools.open_model import open_adapted, open_model
 
 Combine = Literal["mean", "vote"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from launcher.errors import ABSENT, CheckpointError
-from launcher.stored.tensors import TensorEntry, TensorSource
+from tools.formats.values import Values, same_values
 
 # What configurations and constructors of transformers raise for values they cannot use.
 BAD_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
@@ -32,6 +32,12 @@ class Expected:
     """Patterns of names that may be in a checkpoint and are left out."""
     generation_config: dict[str, Any] | None
     """What `generate` starts from, if the model can generate."""
+    buffers: frozenset[str] = frozenset()
+    """The written names that are no parameters."""
+    head: str | None = None
+    """The output layer's name."""
+    linears: Mapping[str, bool] = field(default_factory=dict)
+    """Matrices of linear layers but the output's -> whether inputs come first (Conv1D)."""
 
 
 def expected_tensors(config_dir: Path, config: Mapping[str, Any]) -> Expected:
@@ -70,12 +76,20 @@ def _describe(architecture: str, model: Any) -> Expected:
         {name: tuple(other for other in names if other != name) for name, names in kept.items()},
         (*(model._keys_to_ignore_on_load_unexpected or ()), *(f"^{re.escape(name)}$" for name in sorted(dropped))),
         model.generation_config.to_diff_dict() if model.can_generate() else None,
+        frozenset(kept) & {name for name, _ in model.named_buffers(remove_duplicate=False)},
+        next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None),
+        {name: is_transposed for name, is_transposed in _linears(model) if name in kept},
     )
 
 
-def choose(
-    tensors: Mapping[str, TensorEntry], aliases: Mapping[str, str], expected: Expected, path: str
-) -> dict[str, str]:
+def _linears(model: Any) -> Iterator[tuple[str, bool]]:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is not head and isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
+            yield f"{name}.weight", not isinstance(module, torch.nn.Linear)
+
+
+def choose(tensors: Mapping[str, Values], aliases: Mapping[str, str], expected: Expected, path: str) -> dict[str, str]:
     """Name to write -> name to read, so that `from_pretrained` misses nothing and meets nothing it does not know."""
     known = {**{name: name for name in tensors}, **aliases}
     chosen, missing = {}, []
@@ -93,11 +107,11 @@ def choose(
     return chosen
 
 
-def check_tied(source: TensorSource, chosen: Mapping[str, str], expected: Expected, path: str) -> None:
+def check_tied(tensors: Mapping[str, Values], chosen: Mapping[str, str], expected: Expected, path: str) -> None:
     """Tied names that the checkpoint stores twice must hold the same values, since only one of them is written."""
     for name, read in chosen.items():
         for other in expected.other_names[name]:
-            if other in source.tensors and other != read and not torch.equal(source.read(read), source.read(other)):
+            if other in tensors and other != read and not same_values(tensors[read], tensors[other]):
                 rule = f"does not fit: the config ties {other} to {name}, their values differ"
                 raise CheckpointError(path, expected.architecture, rule, 'set "tie_word_embeddings": false')
 
@@ -115,7 +129,7 @@ def _refuse(path: str, architecture: str, verb: str, names: list[str]) -> None:
         raise CheckpointError(path, architecture, f"does not fit: the checkpoint {verb} {shown}", WAY_OUT)
 
 
-def _check_shapes(path: str, tensors: Mapping[str, TensorEntry], chosen: Mapping[str, str], expected: Expected) -> None:
+def _check_shapes(path: str, tensors: Mapping[str, Values], chosen: Mapping[str, str], expected: Expected) -> None:
     for name, source in chosen.items():
         if tensors[source].shape != expected.shapes[name]:
             rule = f"does not fit: {name} is {tensors[source].shape}, the config asks for {expected.shapes[name]}"

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,6 +26,10 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """What safetensors can hold, and its name for it."""
+
+CHECKSUMS = "checksums.json"
+HEADER = "__header__"
+"""Beside the shards: file -> tensor -> CRC-32. No reader but ours knows it; safetensors themselves have none."""
 
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -57,7 +61,7 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
 
-def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[Shard]:
+def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int, stem: str = "model") -> list[Shard]:
     """Cuts the tensors, in their order, into files of at most `shard_bytes` of values (one tensor is never cut).
 
     Inside a file the widest dtypes come first, as in the reference implementation: every tensor is then aligned.
@@ -71,63 +75,11 @@ def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[Sh
         groups[-1][name] = entry
         size += entry.num_bytes
     count = len(groups)
-    names = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    names = (f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
     aligned = (dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups)
     return [
-        Shard("model.safetensors" if count == 1 else name, group) for name, group in zip(names, aligned, strict=True)
+        Shard(f"{stem}.safetensors" if count == 1 else name, group) for name, group in zip(names, aligned, strict=True)
     ]
-
-
-class HfSink:
-    """Streams tensors into shards; a `TensorSink`. `write` wants the tensors in the order of the plan."""
-
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
-        self.folder, self.shards = folder, shards
-        self.order = iter([(shard, name) for shard in shards for name in shard.tensors])
-        self.open_shard: Shard | None = None
-        self.stream: IO[bytes] | None = None
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        shard, planned = next(self.order)
-        assert (planned, shard.tensors[name]) == (name, TensorEntry(tuple(tensor.shape), tensor.dtype))
-        if shard is not self.open_shard:
-            self._finish_shard()
-            self.stream = (self.folder / shard.file_name).open("wb", buffering=0)
-            self.open_shard = shard
-            _write_all(self.stream, memoryview(shard.header()))
-        assert self.stream is not None
-        _write_all(self.stream, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def finish(self) -> None:
-        assert next(self.order, None) is None, "every planned tensor is written"
-        self._finish_shard()
-        if len(self.shards) > 1:
-            write_json(self.folder / "model.safetensors.index.json", self._index())
-        fsync_folder(self.folder)
-
-    def close(self) -> None:
-        """Lets go of the open file, finished or not."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-
-    def _finish_shard(self) -> None:
-        if self.stream is not None:
-            os.fsync(self.stream.fileno())
-            self.close()
-
-    def _index(self) -> dict[str, Any]:
-        entries = [entry for shard in self.shards for entry in shard.tensors.values()]
-        return {
-            "metadata": {"total_size": sum(entry.num_bytes for entry in entries)},
-            "weight_map": {name: shard.file_name for shard in self.shards for name in shard.tensors},
-        }
-
-
-def _write_all(stream: IO[bytes], values: memoryview) -> None:
-    """One `write` may take less than it is given (Linux: at most 2 GiB)."""
-    while values:
-        values = values[stream.write(values) :]
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -15,10 +15,21 @@ from typing import Literal
 from launcher.errors import ABSENT, CheckpointError
 from launcher.stored.records import USE_ANOTHER
 from launcher.stored.tensors import Progress, safe_relative
+from launcher.train.base import ADAPTER
 from launcher.train.manifest import MANIFEST, read_saved
 
-Kind = Literal["zero", "dcp"]
+Kind = Literal["zero", "universal", "dcp", "hf", "torch", "peft"]
 KINDS: tuple[Kind, ...] = ("zero", "dcp")
+"""Of fleetune's own runs: the names of their folders."""
+
+WANTED: dict[Kind, str] = {
+    "zero": "a DeepSpeed folder (no `latest`, no *_optim_states.pt)",
+    "universal": "a universal DeepSpeed folder (no zero/optimizer_state.pt)",
+    "dcp": "a DCP folder (no `.metadata`)",
+    "hf": "a model's folder (no model.safetensors, no index of it)",
+    "torch": "a file of torch.save",
+    "peft": "a PEFT folder (no adapter_model.safetensors)",
+}
 
 STEP = re.compile(r"step-(\d{8,})")
 
@@ -36,20 +47,52 @@ class Checkpoint:
     """The fleetune checkpoint it belongs to, whose manifest vouches for its files."""
 
 
+def has_adapter(config_dir: Path) -> bool:
+    """Whether a run with this folder of configurations trained adapters."""
+    return (config_dir / ADAPTER / "adapter_config.json").is_file()
+
+
 def locate(path: Path, kind: Kind | None) -> Checkpoint:
     """`path` may be a fleetune run, its `checkpoints/`, one step, or a folder that DeepSpeed or DCP wrote."""
     path = Path(os.path.abspath(path))  # its parents are looked at
+    if path.is_file() and (kind == "torch" or (kind is None and _is_archive(path))):
+        return Checkpoint("torch", path, _config_dir(path.parent, None), None)
     if not path.is_dir():
         rule = "is a file, not a folder" if path.exists() else "does not exist"
         raise CheckpointError(str(path), ABSENT, rule, "name the folder of a checkpoint or of a run")
     if not any(path.iterdir()):
         raise CheckpointError(str(path), ABSENT, "is empty", "name the folder of a checkpoint or of a run")
+    if (found := _model_folder(path, kind)) is not None:
+        return found
     step_dir = _step_dir(path)
     if step_dir is None:
         return _engine_folder(path, kind, None)
     read_saved(step_dir)  # complete, or refused
     inner = path if step_dir in path.parents else _inner(step_dir, kind)
     return _engine_folder(inner, kind, step_dir)
+
+
+def _is_archive(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _model_folder(path: Path, kind: Kind | None) -> Checkpoint | None:
+    """Folders that carry their own names and no run: a model's, peft's, and DeepSpeed's universal one."""
+    if kind in (None, "universal") and (found := _universal(path)) is not None:
+        return Checkpoint("universal", found, _config_dir(path, None), None)
+    if kind in (None, "peft") and (path / "adapter_model.safetensors").is_file():
+        return Checkpoint("peft", path, _config_dir(path, None), None)
+    if kind in (None, "hf") and any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return Checkpoint("hf", path, _config_dir(path, None), None)
+    return None
+
+
+def _universal(path: Path) -> Path | None:
+    """The folder that holds `zero/optimizer_state.pt`; `latest_universal` may point to it."""
+    if (path / "latest_universal").is_file():
+        path = safe_relative(path, (path / "latest_universal").read_text(encoding="utf-8").strip())
+    return path if (path / "zero" / "optimizer_state.pt").is_file() else None
 
 
 def _step_dir(path: Path) -> Path | None:
@@ -95,10 +138,7 @@ def _engine_folder(path: Path, kind: Kind | None, step_dir: Path | None) -> Chec
             return Checkpoint("zero", _tagged(path), config_dir, step_dir)
         if any(path.glob("*_optim_states.pt")) or any(path.glob("*_model_states.pt")):
             return Checkpoint("zero", path, config_dir, step_dir)
-    wanted = {"zero": "a DeepSpeed folder (no `latest`, no *_optim_states.pt)", "dcp": "a DCP folder (no `.metadata`)"}
-    rule = (
-        f"is not {wanted[kind]}" if kind else "is no checkpoint of a known format (DeepSpeed ZeRO, torch DCP, fleetune)"
-    )
+    rule = f"is not {WANTED[kind]}" if kind else "is no checkpoint of a known format (DeepSpeed, DCP, a model's folder)"
     raise CheckpointError(str(path), ABSENT, rule, "name the folder of a checkpoint or of a run")
 
 
