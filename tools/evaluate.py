@@ -95,8 +95,8 @@ class Door:
 
     def run(self) -> Results | None:
         """The results, on the first rank."""
-        self._once(lambda: self._check_files())
         check_options(self.options)
+        self._once(self._make_out)
         if self.options.harness:
             return self._harness()
         ours = self._scored([self.options.model, *(self.options.ensemble or ())], "MODEL", self._save_path())
@@ -108,7 +108,7 @@ class Door:
     def _once(self, decide: Callable[[], Any]) -> Any:
         return decide() if self.world.num_ranks == 1 else decide_on_first(decide)
 
-    def _check_files(self) -> None:
+    def _make_out(self) -> None:
         if self.options.out is not None:
             self.options.out.mkdir(parents=True, exist_ok=True)
 

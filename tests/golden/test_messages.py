@@ -352,6 +352,12 @@ CASES = [
     Case("convert an index that points outside", "convert hf:m torch:out", {"m/model.safetensors.index.json": OUTSIDE}),
     Case("convert a file cut short", "convert hf:m torch:out", {"m/model.safetensors": b"\x08\0\0\0\0\0\0\0{"}),
     Case("inspect what is not there", "inspect missing"),
+    Case("eval without data", "eval model"),
+    Case("eval of no model", "eval nowhere --task perplexity --data job.yaml"),
+    Case("eval with an option of another task", "eval model --task cloze --data a.jsonl --stride 4"),
+    Case("eval by the harness with data of ours", "eval model --harness arc --data a.jsonl"),
+    Case("eval with a column that the task does not read", "eval model --task cloze --data a.jsonl --column gold=x"),
+    Case("explain of no model", "explain nowhere --text fine"),
     Case("launch of what does not fit", "launch job.yaml --set cluster.name=none"),
 ]
 

@@ -447,3 +447,32 @@ def test_an_explanation_sums_to_the_answer_and_can_be_read(
     assert capsys.readouterr().err == (
         "error: --target: tofu is not a label of the model, which knows ham, eggs, spam; give one of these\n"
     )
+
+
+def test_an_adapter_is_scored_with_its_base(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A PEFT folder scores what its merged model does; spread over devices by accelerate, the same."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    settings = LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(home / "gpt"), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(home / "gpt")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    capsys.readouterr()
+    argv = ("--task", "perplexity", "--data", home / "rows.jsonl", *FEW)
+    merged = scored(capsys, tmp_path / "merged", *argv)["metrics"]
+    assert scored(capsys, tmp_path / "adapter", *argv)["metrics"] == pytest.approx(merged, rel=1e-5)
+    assert merged != scored(capsys, home / "gpt", *argv)["metrics"]
+    assert scored(capsys, tmp_path / "merged", *argv, "--device-map", "auto")["metrics"] == merged
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "gone"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert refusal(capsys, tmp_path / "adapter", *argv) == (
+        f"MODEL: {tmp_path / 'adapter'} has adapters of gone, which is not a folder; "
+        "mend base_model_name_or_path in adapter_config.json"
+    )
