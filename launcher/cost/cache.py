@@ -20,7 +20,7 @@ from launcher.job.resources import cache_dir
 from launcher.job.spec import JobSpec
 from launcher.spawn import run_python
 
-_FORMAT = 7  # raised when ModelCost or the way it is measured changes
+_FORMAT = 8  # raised when ModelCost or the way it is measured changes
 
 
 def cached_cost(spec: JobSpec) -> ModelCost:

@@ -50,8 +50,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "fp32": Setting(torch.float32),
     "bf16": Setting(torch.bfloat16),
-    "autocast": Setting(torch.float32, autocast=True, recompute=False),
-    "fp32/cpu": Setting(torch.float32, fused=False, recompute=False),
+    "autocast": Setting(torch.float32, autocast=True),
+    "fp32/cpu": Setting(torch.float32, fused=False),
 }
 EAGER = {
     "fp32/eager": Setting(torch.float32, attention="eager"),

@@ -1,4 +1,4 @@
-"""Few blocks in place of many: blocks of one kind cost the same, so two of each are traced and stand for the others."""
+"""Few blocks in place of many: blocks of one kind cost the same, so three of each are traced and stand for the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from launcher.cost.architecture import block_list, blocks_of
 from launcher.cost.trace import Trace
 
-OF_A_KIND = 2
+OF_A_KIND = 3
 """The first block also pays for what is made once and shared: masks, tables of positions."""
 
 
@@ -23,7 +23,7 @@ class Reduced(NamedTuple):
 
 
 def reduced(model: Any) -> Reduced:
-    """Two blocks of each kind, the first ones. A model whose blocks differ in their modules is left whole."""
+    """Three blocks of each kind, the first ones. A model whose blocks differ in their modules is left whole."""
     kinds = [_kind(model, number, block) for number, block in enumerate(blocks_of(model))]
     chosen = sorted(number for kind in set(kinds) for number in _places(kinds, kind)[:OF_A_KIND])
     if len({kind[0] for kind in kinds}) != 1 or len(chosen) == len(kinds):

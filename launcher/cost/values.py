@@ -135,8 +135,8 @@ class ModelCost:
     flops: Flops
     """The same in every precision."""
     peak: dict[str, dict[str, PeakBytes]] = field(default_factory=dict)
-    """By trace as in `saved`, then by recompute policy, `none` and `full`; empty where only sizes are known. `fp32` and `bf16`
-    have both where the architecture can recompute its blocks, the others `none` alone."""
+    """By trace as in `saved`, then by recompute policy, `none` and `full`; empty where only sizes are known. The
+    second only where the architecture can recompute its blocks."""
     loss_bytes_per_logit: int | None = None
     """What the loss holds of each logit, where the model brings a loss of its own; None: the plain loss of `launcher.task`."""
 

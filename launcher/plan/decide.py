@@ -96,12 +96,20 @@ def _rivals(chosen: Candidate, others: list[Candidate]) -> list[str]:
     limit = (1 + TIE) * min(candidate.step_time.seconds for candidate in [chosen, *others])
     even = [other.strategy for other in others if other.step_time.seconds <= limit]
     slower = [
-        f"{other.strategy} {show_time(other.step_time.seconds)} (+{other.step_time.seconds / seconds - 1:.0%})"
+        f"{_named(other)} {show_time(other.step_time.seconds)} (+{other.step_time.seconds / seconds - 1:.0%})"
         for other in others
         if other.step_time.seconds > limit
     ]
     parts = [f"no slower than {', '.join(even)} to within {TIE:.0%}, and simpler or with less to send"] if even else []
     return parts + ([f"faster than {', '.join(slower)}"] if slower else [])
+
+
+def _named(candidate: Candidate) -> str:
+    """With what it costs the layout to fit."""
+    layout = candidate.layout
+    costs = ["offload"] if {layout.offload_optimizer, layout.offload_params} != {"none"} else []
+    costs += ["recompute"] if layout.recompute == "full" else []
+    return f"{candidate.strategy} with {' and '.join(costs)}" if costs else candidate.strategy
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:

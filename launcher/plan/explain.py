@@ -41,12 +41,13 @@ def _first_ones(lines: list[str], most: int) -> list[str]:
 
 def _head(plan: Plan) -> list[str]:
     chosen, layout = plan.chosen, plan.chosen.layout
-    ranks = f"{plan.num_ranks} ranks" if plan.nodes == 1 else f"{plan.nodes} nodes x {plan.gpus_per_node} ranks"
+    each = "rank" if plan.gpus_per_node == 1 else "ranks"
+    ranks = f"{plan.num_ranks} {each}" if plan.nodes == 1 else f"{plan.nodes} nodes x {plan.gpus_per_node} {each}"
     return [
         f"plan {plan.digest()}: {chosen.strategy} ({plan.engine}) on {ranks} ({plan.device}), {layout.precision}",
         f"  model       {show_count(plan.num_params)} parameters, sequence length {plan.seq_len}",
         f"  batch       {plan.global_batch_size} samples = micro-batch {layout.micro_batch_size}"
-        f" x {layout.accumulation_steps} accumulation x {plan.num_ranks} ranks",
+        f" x {layout.accumulation_steps} accumulation x {plan.num_ranks} {'rank' if plan.num_ranks == 1 else 'ranks'}",
         f"  recompute   {layout.recompute}",
         f"  sent        {show_bytes(chosen.communication_bytes)} per rank and step",
     ]

@@ -69,6 +69,11 @@ class Layout:
         return ELEMENT_BYTES[self.precision]
 
     @property
+    def autocast(self) -> bool:
+        """Whether products alone run in bf16, between parameters and hidden states of fp32: torch's autocast."""
+        return self.strategy == "ddp" and self.precision == "bf16"
+
+    @property
     def gradient_bytes(self) -> int:
         """Of a gradient that torch keeps: its parameter's format, fp32 but for `pure_bf16`."""
         return ELEMENT_BYTES["pure_bf16"] if self.precision == "pure_bf16" else FP32

@@ -117,7 +117,7 @@ def _attention(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
 
 def _traffic(cost: ModelCost, gpu: Gpu, layout: Layout) -> list[TimeItem]:
     rate = gpu.memory_gb_per_s * 1e9 * gpu.memory_share
-    saved = saved_of(cost, layout.precision)
+    saved = saved_of(cost, layout, gpu.kind == "cpu")
     again = TOUCHES_AGAIN if layout.recompute == "full" else 0
     kept = saved.blocks.at(layout.micro_batch_size, layout.seq_len)
     outside = saved.outside.at(layout.micro_batch_size, layout.seq_len)

@@ -56,8 +56,9 @@ def _state_bytes(layout: Layout) -> int:
 def _copies(cost: ModelCost, host: Host, layout: Layout, busy_seconds: float) -> TimeItem:
     """Between host and device, per step and rank: during the passes, and after the update, which nothing hides."""
     during, after = _copied_bytes(cost, layout)
+    room = busy_seconds / layout.accumulation_steps if layout.strategy == "zero1" else busy_seconds
     rate = host.device_gb_per_s * 1e9
-    waited = max(0.0, during / rate - busy_seconds) + after / rate
+    waited = max(0.0, during / rate - room) + after / rate
     formula = f"{show_bytes(during + after)} at {host.device_gb_per_s:g} GB/s"
     hidden = (during + after) / rate - waited
     formula += f", {hidden * rate / (during + after):.0%} hidden" if during + after else ""
@@ -70,7 +71,8 @@ def _copied_bytes(cost: ModelCost, layout: Layout) -> tuple[float, float]:
     if layout.engine == "torch":
         return steps * _state_bytes(layout) * (_gathers(layout) * held + trained), 0.0
     element = layout.element_bytes
-    gradients = element * trained * (2 * steps - 1)
+    passes = min(steps, 2) if layout.strategy == "zero1" else steps  # zero1 has its sums on the device until the last
+    gradients = element * trained * (2 * passes - 1)
     if layout.offload_params == "none":
         return gradients, element * trained
     return gradients + element * held * _gathers(layout) * steps, 0.0

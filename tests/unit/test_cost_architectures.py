@@ -50,6 +50,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 EVERY = {**DECODERS, **ENCODERS}
 FP32 = {"fp32": SETTINGS["fp32"]}
+BF16 = {name: SETTINGS[name] for name in ("fp32", "bf16")}
+SOME = {**BF16, "autocast": SETTINGS["autocast"]}
 
 LLAMA_3 = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
 PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -110,9 +112,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
 """Config -> parameters, and those that a token meets, as their makers' model cards and weight files have them."""
 
 
-def spec_for(model_type: str) -> JobSpec:
+def spec_for(model_type: str, **changed: Any) -> JobSpec:
     task: Any = {"name": "sequence_classification", "labels": ["a", "b"]} if model_type in ENCODERS else "causal_lm"
-    return spec_of(model={"from_config": {"model_type": model_type, "vocab_size": 96, **EVERY[model_type]}}, task=task)
+    return spec_of(
+        model={"from_config": {"model_type": model_type, "vocab_size": 96, **EVERY[model_type], **changed}}, task=task
+    )
 
 
 def built(spec: JobSpec) -> Any:
@@ -144,15 +148,17 @@ def test_published_sizes(name: str) -> None:
     assert (cost.num_params, cost.num_active_params) == (num_params, num_active_params)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "albert", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "albert", "gemma2", "bert"])
 def test_few_blocks_stand_for_all(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trace of two blocks of each kind is, byte for byte, that of all."""
-    spec = spec_for(model_type)
-    cost = measure(spec, None, FP32)
+    """The trace of three blocks of each kind is, byte for byte, that of all: in each precision, recomputed or not."""
+    spec = spec_for(model_type, **({"num_hidden_layers": 8} if model_type == "gemma2" else {}))
+    wanted = SOME if model_type == "llama" else BF16
+    cost = measure(spec, None, wanted)
     monkeypatch.setattr(measuring, "reduced", lambda model: Reduced(model, (0,) * cost.num_blocks))
-    every = measure(spec, None, FP32)
+    every = measure(spec, None, wanted)
     assert every.saved == cost.saved
     assert every.flops == cost.flops
-    for policy, peak in every.peak["fp32"].items():
-        for point in [(1, 64), (2, 100), (7, 128)]:
-            assert peak.at(*point) == cost.peak["fp32"][policy].at(*point)
+    for trace, policies in every.peak.items():
+        for policy, peak in policies.items():
+            for point in [(1, 64), (2, 100), (7, 128)]:
+                assert peak.at(*point) == cost.peak[trace][policy].at(*point), (trace, policy, point)

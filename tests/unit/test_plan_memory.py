@@ -73,13 +73,13 @@ STATE = {
     ),
     ("fsdp", "fp32"): (
         {"parameters": 2000, "gradients": 2000, "optimiser": 4000, "all-gather buffers": 1600},
-        {"gathered parameters": 1600, "gradient of the head": 800},
+        {"gathered parameters": 800, "gradient of the head": 800},
         {"gathered parameters": 1600, "whole gradients": 800, "reduce-scatter buffers": 1600},
         {},
     ),
     ("fsdp", "bf16"): (
         {"parameters": 2000, "gradients": 2000, "optimiser": 4000, "all-gather buffers": 800},
-        {"gathered parameters": 800, "gradient of the head": 400},
+        {"gathered parameters": 400, "gradient of the head": 400},
         {"gathered parameters": 800, "whole gradients": 400, "reduce-scatter buffers": 1600},
         {},
     ),

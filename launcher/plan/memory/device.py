@@ -7,7 +7,7 @@ from collections.abc import Callable
 from launcher.cost.values import ModelCost
 from launcher.job.cluster import Cluster
 from launcher.plan.layout import Layout
-from launcher.plan.memory.activations import activations, remaining
+from launcher.plan.memory.activations import activations, in_last_block, remaining
 from launcher.plan.memory.phases import State, total
 from launcher.plan.memory.torch_state import ddp, fsdp
 from launcher.plan.memory.zero import zero_1_2, zero_3
@@ -29,10 +29,11 @@ _STATE: dict[str, Callable[[ModelCost, Layout], State]] = {
 
 def rank_memory(cost: ModelCost, cluster: Cluster, layout: Layout) -> Memory:
     """Account of one rank: the highest of the step's moments. The context is taken off what is usable."""
-    state = _STATE[layout.strategy](cost, layout)
+    state, on_cpu = _STATE[layout.strategy](cost, layout), cluster.gpu.kind == "cpu"
     moments = {
-        "when backward begins": (*state.begin, *activations(cost, layout)),
-        "when backward ends": (*state.end, *remaining(cost, layout)),
+        "when backward begins": (*state.begin, *activations(cost, layout, on_cpu)),
+        "in the last block's backward": (*state.blocks, *in_last_block(cost, layout, on_cpu)),
+        "when backward ends": (*state.end, *remaining(cost, layout, on_cpu)),
         "in the optimiser's update": state.update,
     }
     moment = max(moments, key=lambda name: total(moments[name]))

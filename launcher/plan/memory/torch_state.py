@@ -37,6 +37,9 @@ def ddp(cost: ModelCost, layout: Layout) -> State:
             *([gradients] if always else []),
         ),
         begin=(*([gradients] if between and not always else []), copies),
+        blocks=(gradients if between and not always else head_gradient(cost, kept), copies)
+        if not always
+        else (copies,),
         end=() if always else (gradients,),
         update=() if always else (gradients,),
     )
@@ -59,12 +62,17 @@ def sharded(cost: ModelCost, layout: Layout) -> list[Item]:
 
 
 def fsdp(cost: ModelCost, layout: Layout) -> State:
-    """hsdp is fsdp within a group; the copies' all-reduce works in place on the reduced gradients."""
+    """hsdp is fsdp within a group; the copies' all-reduce works in place on the reduced gradients.
+
+    The head's gradient is made right after the loss's peak, from memory that the allocator has not had back: counted with it.
+    """
     on_host = layout.offload_params == "cpu"
     gathered, buffers = _gathered(cost, layout), _all_gather_buffers(cost, layout)
+    head = head_gradient(cost, layout.element_bytes)
     return State(
         kept=(*([] if on_host else sharded(cost, layout)), *buffers),
-        begin=(gathered, _head_gradient(cost, layout)),
+        begin=(_gathered_at_loss(cost, layout), head),
+        blocks=(gathered, head),
         end=(gathered, *_unreduced(cost, layout)),
         update=(),
     )
@@ -79,6 +87,14 @@ def _gathered(cost: ModelCost, layout: Layout) -> Item:
     return Item("gathered parameters", element * cost.num_params, "p P, kept from forward to backward", source)
 
 
+def _gathered_at_loss(cost: ModelCost, layout: Layout) -> Item:
+    """Between the passes through the blocks, whose last one has been freed where blocks are."""
+    if not layout.reshard_after_forward:
+        return _gathered(cost, layout)
+    size, words = layout.element_bytes * cost.outside_num_params, "p x outside blocks"
+    return Item("gathered parameters", size, words, f"{_PARAM} alloc_all_gather_outputs")
+
+
 def _all_gather_buffers(cost: ModelCost, layout: Layout) -> list[Item]:
     """Flat outputs, on their own stream: in forward the last one is freed after the next is copied out."""
     if layout.num_optimiser_shards == 1:
@@ -88,9 +104,9 @@ def _all_gather_buffers(cost: ModelCost, layout: Layout) -> list[Item]:
     return [Item("all-gather buffers", size, words, f"{_COLLECTIVES} foreach_all_gather")]
 
 
-def _head_gradient(cost: ModelCost, layout: Layout) -> Item:
-    size = layout.element_bytes * largest_outside(cost)
-    return Item("gradient of the head", size, "p x its elements, kept until the root reduces", "autograd")
+def head_gradient(cost: ModelCost, element: int) -> Item:
+    """The first that backward makes; FSDP's root keeps it to the end."""
+    return Item("gradient of the head", element * largest_outside(cost), f"{element} x its elements", "autograd")
 
 
 def _unreduced(cost: ModelCost, layout: Layout) -> list[Item]:

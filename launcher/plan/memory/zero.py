@@ -17,6 +17,7 @@ from launcher.plan.memory.shards import (
     num_groups,
     persistent,
 )
+from launcher.plan.memory.torch_state import head_gradient
 from launcher.plan.values import Item
 
 REDUCE_BUCKET_ELEMENTS = 50_000_000
@@ -53,7 +54,8 @@ def zero_1_2(cost: ModelCost, layout: Layout) -> State:
     begin, end = _gradients_1_2(cost, layout, part)
     buckets = (_bucket(element), _flat_copy(cost, element))
     update = [] if on_host else [_own_gradients(cost, layout, part), *_fp32_gradients(element, part.trained)]
-    return State(tuple(kept), (*begin, *buckets), (*end, *buckets), tuple(update))
+    head = head_gradient(cost, element)
+    return State(tuple(kept), (*begin, *buckets), (*begin, head, *buckets), (*end, *buckets), tuple(update))
 
 
 def _gradients_1_2(cost: ModelCost, layout: Layout, part: Held) -> tuple[list[Item], list[Item]]:
@@ -145,7 +147,8 @@ def zero_3(cost: ModelCost, layout: Layout) -> State:
     ]
     at_once = min(held.trained, SUB_GROUP_ELEMENTS)
     update = () if layout.offload_optimizer != "none" else _fp32_gradients_3(element, at_once)
-    return State(tuple(kept), (), (_largest_gradient(cost, element),), tuple(update))
+    head, largest = head_gradient(cost, element), _largest_gradient(cost, element)
+    return State(tuple(kept), (), (head,), (largest,), tuple(update))
 
 
 def partitions(element: int, held: Held) -> Item:
