@@ -93,15 +93,21 @@ def _reason(spec: JobSpec, fitting: list[Candidate], lost: list[Candidate]) -> s
 def _rivals(chosen: Candidate, others: list[Candidate]) -> list[str]:
     """In words: which strategies are as fast, and how much slower the others are."""
     seconds = chosen.step_time.seconds
-    limit = (1 + TIE) * min(candidate.step_time.seconds for candidate in [chosen, *others])
-    even = [other.strategy for other in others if other.step_time.seconds <= limit]
+    limit = (1 + TIE) * min([seconds, *(other.step_time.seconds for other in others if not other.memory.is_tight)])
+    even = [other.strategy for other in others if other.step_time.seconds <= limit and not other.memory.is_tight]
     slower = [
         f"{_named(other)} {show_time(other.step_time.seconds)} (+{other.step_time.seconds / seconds - 1:.0%})"
         for other in others
-        if other.step_time.seconds > limit
+        if other.step_time.seconds > max(limit, seconds)
+    ]
+    tight = [
+        f"{_named(other)} {show_time(other.step_time.seconds)} (up to {show_bytes(other.memory.high_bytes)})"
+        for other in others
+        if other.memory.is_tight and other.step_time.seconds < seconds
     ]
     parts = [f"no slower than {', '.join(even)} to within {TIE:.0%}, and simpler or with less to send"] if even else []
-    return parts + ([f"faster than {', '.join(slower)}"] if slower else [])
+    parts += [f"faster than {', '.join(slower)}"] if slower else []
+    return parts + ([f"with more room than {', '.join(tight)}"] if tight else [])
 
 
 def _named(candidate: Candidate) -> str:

@@ -6,6 +6,8 @@ forward, no groups, then least communication, fewest accumulation steps, and the
 
 Micro-batches need no such rule. With everything else alike, a larger one takes more memory and never more time, so of
 each family of layouts the largest micro-batch that fits stands for all: `tests/unit/test_plan_search.py` tries the rest.
+Where that one is tight (its highest estimate does not fit), so does the largest that is not. A tight layout is taken only
+where it is faster by more than `CAUTION`: a run that ends out of memory costs more than it would have saved.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from launcher.plan.values import Candidate, Memory
 
 TIE = 0.03
 """Share of the fastest step's time: the median error of the predictions on published runs (`tools.calibrate`)."""
+
+CAUTION = 0.1
+"""Share of a step's time that a tight layout must save: the 90th percentile of the predictions' error on published runs."""
 
 
 class Search:
@@ -50,9 +55,19 @@ class Search:
         fitting, lost = [], []
         for family in self._families:
             fits, too_large = self.border(family)
-            fitting += [self.weighed(family, fits)] if fits else []
+            fitting += self._with_room(family, fits) if fits else []
             lost += [self.weighed(family, too_large)] if too_large else []
         return ranked(fitting), ranked(lost)
+
+    def _with_room(self, family: Layout, largest: int) -> list[Candidate]:
+        """The largest micro-batch that fits, and where that is tight the largest that is not."""
+        best = self.weighed(family, largest)
+        smaller = self._sizes[: self._sizes.index(largest)] if best.memory.is_tight else []
+        first = bisect_left(smaller, True, key=lambda size: self._memory(family, size).is_tight)
+        return [best, *([self.weighed(family, smaller[first - 1])] if first else [])]
+
+    def _memory(self, family: Layout, size: int) -> Memory:
+        return rank_memory(self._cost, self._cluster, self._at(family, size))
 
     def border(self, family: Layout) -> tuple[int, int]:
         """Micro-batch sizes, 0 for none. One pass a step needs no room to accumulate, so the largest is tried alone."""
@@ -88,16 +103,21 @@ class Search:
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
-    """Best first: those as fast as the fastest, simplest first, then the others by their time."""
-    limit = (1 + TIE) * min((candidate.step_time.seconds for candidate in candidates), default=0.0)
-    fast = [candidate for candidate in candidates if candidate.step_time.seconds <= limit]
-    slow = [candidate for candidate in candidates if candidate.step_time.seconds > limit]
-    return sorted(fast, key=_simplicity) + sorted(slow, key=lambda lost: (lost.step_time.seconds, _simplicity(lost)))
+    """Best first: those as fast as the fastest, simplest first, then the others by their time; a tight one's counts `CAUTION` more."""
+    limit = (1 + TIE) * min(map(_seconds, candidates), default=0.0)
+    fast = [candidate for candidate in candidates if _seconds(candidate) <= limit]
+    slow = [candidate for candidate in candidates if _seconds(candidate) > limit]
+    return sorted(fast, key=_simplicity) + sorted(slow, key=lambda lost: (_seconds(lost), _simplicity(lost)))
 
 
-def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int, int, int]:
+def _seconds(candidate: Candidate) -> float:
+    return candidate.step_time.seconds * (1 + CAUTION if candidate.memory.is_tight else 1.0)
+
+
+def _simplicity(candidate: Candidate) -> tuple[bool, int, bool, bool, bool, int, int, int]:
     layout = candidate.layout
     return (
+        candidate.memory.is_tight,
         (layout.offload_optimizer != "none") + (layout.offload_params != "none"),
         layout.recompute == "full",
         not layout.reshard_after_forward,

@@ -78,6 +78,11 @@ class Memory:
         """The rule: what is expected, margin included, is at most what is usable."""
         return self.usable_bytes is None or self.total_bytes <= self.usable_bytes
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether the highest estimate is more than is usable."""
+        return self.usable_bytes is not None and self.high_bytes > self.usable_bytes
+
 
 Bound = Literal["arithmetic", "memory bandwidth", "network", "kernel launches", "host memory", "host link", "disk"]
 
@@ -309,5 +314,6 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         **candidate.layout.decided(),
         "communication_bytes": candidate.communication_bytes,
         "memory_bytes": candidate.memory.total_bytes,
+        "memory_high_bytes": candidate.memory.high_bytes,
         "step_seconds": candidate.step_time.seconds,
     }
