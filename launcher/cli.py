@@ -24,6 +24,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command()(spec.init)
+app.command()(spec.explain_key)
 app.command()(spec.schema)
 app.command()(plan.plan)
 app.command()(cost.cost)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from launcher.errors import ABSENT, Problem, SpecError
+from launcher.job.other_names import OTHER_NAMES
 from launcher.job.spec import JobSpec, ShorthandSection
 from launcher.job.stages import one_stage
 from launcher.job.tasks import check_task
@@ -155,7 +156,7 @@ def _problems(model: type[BaseModel], raw: Any, error: ValidationError, prefix: 
             yield Problem(dotted.removesuffix(": ") or model.__name__, ABSENT, rule, way_out)
         else:
             found = detail["input"] if isinstance(detail["input"], str | int | float | None) else _look_up(raw, path)
-            yield Problem(dotted, _as_written(found), f"must be {_describe(schema, node)}", _way_out(node, found))
+            yield Problem(dotted, _as_written(found), f"must be {describe(schema, node)}", _way_out(node, found))
 
 
 def _resolve(schema: dict[str, Any], loc: tuple[int | str, ...]) -> tuple[list[str], dict[str, Any], list[int | str]]:
@@ -182,6 +183,8 @@ def _dereference(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]
 
 def _unknown_key(dotted: str, key: str, node: dict[str, Any]) -> Problem:
     valid = sorted(node.get("properties", {}))
+    if key in OTHER_NAMES:
+        return Problem(dotted, ABSENT, "is not a known key", f"{_GUESS}{OTHER_NAMES[key]}`?")
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     way_out = f"{_GUESS}{close[0]}`?" if close else f"valid here: {', '.join(valid)}"
     return Problem(dotted, ABSENT, "is not a known key", way_out)
@@ -192,10 +195,10 @@ def _shown_key(key: str) -> str:
     return key if key.strip() and key.isprintable() else repr(key)
 
 
-def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
+def describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
     """`{'type': 'integer', 'minimum': 1}` -> 'an integer >= 1'."""
     if "anyOf" in node:
-        return " or ".join(dict.fromkeys(_describe(schema, option) for option in node["anyOf"]))
+        return " or ".join(dict.fromkeys(describe(schema, option) for option in node["anyOf"]))
     if "$ref" in node or "properties" in node:
         return f"a section with the keys {', '.join(_dereference(schema, node)['properties'])}"
     if "const" in node:

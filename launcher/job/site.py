@@ -12,12 +12,17 @@ from launcher.job.resources import resource_dir
 BASE = "base"
 
 
+def known_clusters() -> list[str]:
+    """Names of the files that come with fleetune."""
+    return sorted(file.stem for file in (resource_dir("slurm") / "clusters").glob("*.yaml"))
+
+
 def cluster_path(name: str, key: str, beside: Path) -> Path:
     """File of a cluster: a name from `slurm/clusters/`, or a path, from `beside` on. Raises `SpecError` that names `key`."""
     folder = resource_dir("slurm") / "clusters"
     path = beside / name if "/" in name or name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        known = ", ".join(known_clusters())
         raise SpecError(key, name, "names no cluster file", f"known: {known}; or give the path of a YAML file")
     return path
 

@@ -5,14 +5,17 @@ Keys are set to the starter's value or to their default; those that are null unl
 
 from __future__ import annotations
 
+import json
 import textwrap
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher.errors import SpecError
+from launcher.job.site import known_clusters
 from launcher.job.spec import ADAPTER_KEYS, JobSpec, TaskSection
 from launcher.job.tasks import belongs
 
@@ -50,19 +53,76 @@ _COMMON = {"training.global_batch_size": 32, "training.num_epochs": 3, "training
 _COMMON_LAST = {"parallel.strategy": "auto", "cluster.name": "cpu", "cluster.gpus_per_node": 2}
 
 
-def starter(task: str) -> str:
-    """A spec for the task that `fleetune plan` accepts as it stands. Raises `SpecError` for an unknown task."""
+_FROM_WEIGHTS = {"training.lr": 2e-5, "model.from_config": None, "data.train_tokenizer": None}
+"""A model that has learnt already needs small steps."""
+_MOST_TOKENS = 1024
+"""Of a sample, where the model's positions allow more: a start that is quick to try."""
+
+
+class Wishes(NamedTuple):
+    """What is known before there is a spec; None leaves the starter's own."""
+
+    task: str | None = None
+    model: str | None = None
+    """Folder or hub id."""
+    data: str | None = None
+    gpus: int | None = None
+    """On this machine; 0 for none."""
+    cluster: str | None = None
+    """Name of a cluster file."""
+
+
+def starter(wishes: Wishes) -> str:
+    """A spec that `fleetune plan` accepts as it stands. Raises `SpecError` for an unknown task, or GPUs without a kind."""
+    task = wishes.task or "causal_lm"
     if task not in _VALUES:
         raise SpecError("--task", task, "is not a task", f"choose one of {', '.join(_VALUES)}")
-    values = {"task.name": task, **_VALUES[task], **_COMMON, **_COMMON_LAST}
+    values = {"task.name": task, **_VALUES[task], **_COMMON, **_COMMON_LAST, **_wished(wishes, task)}
     lines = [
-        "# A fine-tuning job. Next: put your data in place, then `fleetune plan`, `fleetune prepare`, `fleetune launch`.",
-        "# Start from weights instead of a random model: replace model.from_config by model.path, a folder or hub id,",
-        "# and remove data.train_tokenizer.",
+        "# A fine-tuning job. Next: put your data in place, then `fleetune plan`, `fleetune prepare`, `fleetune launch`."
     ]
+    if wishes.model is None:
+        lines += [
+            "# Start from weights instead of a random model: replace model.from_config by model.path, a folder or hub id,",
+            "# and remove data.train_tokenizer.",
+        ]
     for name, field in JobSpec.model_fields.items():
         lines += ["", *_entry(name, field, values)]
     return "\n".join(lines) + "\n"
+
+
+def _wished(wishes: Wishes, task: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"data.train": wishes.data} if wishes.data else {}
+    if wishes.gpus:
+        if wishes.cluster is None:
+            known = ", ".join(known_clusters())
+            raise SpecError("--gpus", wishes.gpus, "does not say what they are", f"name them by --cluster: {known}")
+        values |= {"cluster.name": wishes.cluster, "cluster.gpus_per_node": wishes.gpus}
+    elif wishes.cluster is not None:
+        values |= {"cluster.name": wishes.cluster}
+    if wishes.model:
+        values |= {"model.path": wishes.model, **_FROM_WEIGHTS, "training.seq_len": _seq_len(wishes.model, task)}
+        values |= {"output_dir": f"runs/{PurePath(wishes.model).name}-{task}"}
+        if task in ("chat", "preference"):
+            values |= {"task.chat_template": None}  # the tokenizer's own
+    return values
+
+
+def _seq_len(model: str, task: str) -> int:
+    """What the config allows, where it lies here: GPT-2 calls it otherwise."""
+    usual = (
+        128
+        if task.endswith("classification") or task == "regression"
+        else 384
+        if task == "extractive_qa"
+        else _MOST_TOKENS
+    )
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        longest = int(config.get("max_position_embeddings") or config.get("n_positions") or usual)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return usual  # a hub id, or a config that `fleetune plan` will speak of
+    return max(1, min(usual, longest))
 
 
 def _entry(name: str, field: FieldInfo, values: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 from launcher import cli
 from launcher.errors import CheckpointError, FleetuneError, Preempted
 from launcher.job import load_spec
-from launcher.job.starter import starter
+from launcher.job.starter import Wishes, starter
 from launcher.spawn import free_port
 from tests.support import job
 from tests.unit.costs import measured_here
@@ -50,13 +50,28 @@ def test_init_then_plan(task: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("plan ")
 
 
+@pytest.mark.parametrize(("config", "seq_len"), [({"n_positions": 64}, 64), ({"max_position_embeddings": 9999}, 1024)])
+def test_init_takes_what_is_known(config: dict[str, int], seq_len: int, tmp_path: Path) -> None:
+    """Weights instead of a random model, no longer than their positions; the user's data and machine."""
+    model, path = tmp_path / "tiny-gpt", tmp_path / "new.yaml"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "gpt2", **config}))
+    words = ["--model", model, "--data", "my.jsonl", "--gpus", 4, "--cluster", "h200", "--task", "chat"]
+    assert fleetune("init", path, *words) == 0
+    spec = load_spec(path)
+    assert (spec.model.path, spec.model.from_config) == (str(model), None)
+    assert (spec.data.train, spec.data.train_tokenizer, spec.task.chat_template) == ("my.jsonl", None, None)
+    assert (spec.cluster.name, spec.cluster.gpus_per_node, spec.training.seq_len) == ("h200", 4, seq_len)
+    assert spec.output_dir == "runs/tiny-gpt-chat"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_key_of_the_starter_may_be_uncommented(task: str) -> None:
     """What stands behind `#` is a key with its value, so the starter shows each key that means something to the task."""
     from launcher.job.spec import JobSpec
     from launcher.job.tasks import belongs
 
-    text = starter(task)
+    text = starter(Wishes(task))
     for section in ("checkpoint", "evaluation", "tracking", "parallel", "cluster", "method"):
         assert f"{section}:" in text
     for section, field in JobSpec.model_fields.items():
@@ -67,7 +82,7 @@ def test_every_key_of_the_starter_may_be_uncommented(task: str) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert fleetune("--help") == 0
     shown = capsys.readouterr().out
-    for command in ("init", "plan", "prepare", "launch", "convert", "eval", "demo", "schema"):
+    for command in ("init", "plan", "prepare", "launch", "convert", "eval", "report", "demo", "schema", "explain-key"):
         assert f" {command} " in shown
 
 
