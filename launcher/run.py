@@ -16,9 +16,19 @@ import argparse
 import json
 import logging
 import os
+import platform
 import time
 
-from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_OURS, FleetuneError, Preempted, UserError
+from launcher.attempt.records import RankRecord, State, write_record
+from launcher.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_OURS,
+    EXIT_PREEMPTED,
+    FleetuneError,
+    Preempted,
+    UserError,
+)
 from launcher.job import JobSpec, load_cluster, load_spec
 
 
@@ -57,10 +67,11 @@ def _train(spec: JobSpec) -> None:
     from launcher.train.world import World, rank_device, start_process_group, tell_libraries
 
     stop = StopFlag()
-    stop.install()
+    stop.install(lambda: os._exit(_leave(spec, Preempted("told to stop before the first step: nothing is lost"))))
     world = World.detect(os.environ)
     tell_libraries(world, os.environ)
     open_rank_log(Path(spec.output_dir), world.rank)
+    _note(spec, "running")
     spec = _for_this_world(spec, world.nodes, world.ranks_per_node)
     device = rank_device(world, load_cluster(spec.cluster.name).gpu.kind)
     start_process_group(world, device)
@@ -105,14 +116,26 @@ def _agreed_plan(spec: JobSpec):  # type: ignore[no-untyped-def]  # Plan, import
 def _leave(spec: JobSpec | None, error: Exception | None) -> int:
     """Say what happened on rank 0, and write it where `fleetune launch` finds it behind any launcher's own code."""
     code = EXIT_DONE if error is None else getattr(error, "exit_code", EXIT_OURS)
+    words = _words(error) if error else "done"
+    if spec is not None:
+        _note(spec, _STATES.get(code, "failed"), words, code)
     if os.environ.get("RANK", "0") != "0":
         return code
     if error is not None:
-        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {_words(error)}", file=sys.stderr)  # noqa: T201
+        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {words}", file=sys.stderr)  # noqa: T201
     if spec is not None:
-        outcome = {"exit_code": code, "message": _words(error) if error else "done", "time": time.time()}
+        outcome = {"exit_code": code, "message": words, "time": time.time()}
         (Path(spec.output_dir) / "outcome.json").write_text(json.dumps(outcome))
     return code
+
+
+_STATES: dict[int, State] = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped"}
+
+
+def _note(spec: JobSpec, state: State, words: str = "", code: int = EXIT_DONE) -> None:
+    """For the one who looks for the first of several failures."""
+    rank = int(os.environ.get("RANK", "0"))
+    write_record(Path(spec.output_dir), RankRecord(rank, platform.node(), os.getpid(), state, time.time(), words, code))
 
 
 def _words(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 _ROOT = Path(__file__).resolve().parents[1]
+RUN_FILE = _ROOT / "launcher" / "run.py"
+NODE_FILE = _ROOT / "launcher" / "node.py"
 
 
 def run_python(module: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -37,7 +41,63 @@ def start_python(module: str, environment: Mapping[str, str]) -> subprocess.Pope
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=told)
 
 
-POLL_SECONDS = 0.5
+class Ranks:
+    """A launcher in the foreground, and the ranks below it; left, nothing of it is alive.
+
+    SIGTERM and SIGUSR2 are handed to the ranks themselves as SIGUSR2, past the launcher: the ranks save and leave. Told to
+    stop, torchrun would kill them, and DeepSpeed's runner leaves them running behind. The signal is sent again until they
+    have left, since one that comes while a rank is still loading Python's modules would be lost.
+    """
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], output: IO[str] | None = None) -> None:
+        self._argv, self._output = list(argv), output
+        self._environment = {**os.environ, "PYTHONPATH": _python_path(), **environment}
+        self._stop_asked = self._down_since = 0.0
+
+    def __enter__(self) -> Ranks:
+        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPPING}
+        # The launcher begins with the stop signals ignored, as some Slurm plug-ins send them to every process.
+        self._child = subprocess.Popen(self._argv, env=self._environment, stdout=self._output, stderr=self._output)
+        self._before = {
+            **ignored,
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        }  # ranks get a terminal's
+        for number in _STOPPING:
+            signal.signal(number, lambda *_: self.stop())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child.poll() is None:
+            _kill_tree(self._child.pid)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """Ask the ranks to save and leave."""
+        self._stop_asked = self._stop_asked or time.monotonic()
+
+    def take_down(self, at_once: bool = False) -> None:
+        """Give the ranks some seconds to leave by themselves, then kill them."""
+        self._down_since = self._down_since or time.monotonic()
+        if at_once:
+            self._down_since -= TAKE_DOWN_SECONDS
+
+    def wait(self, look: Callable[[int], None] = lambda _: None) -> int:
+        """The launcher's exit code. look: is called with its process id a few times a second."""
+        told = 0.0
+        while True:
+            try:
+                return self._child.wait(timeout=_LOOK_SECONDS)
+            except subprocess.TimeoutExpired:
+                look(self._child.pid)
+            now = time.monotonic()
+            if self._stop_asked and now - told > _SAY_AGAIN_SECONDS:
+                told = now
+                for pid in ranks_below(self._child.pid) or {self._child.pid: 0}:
+                    _signal(pid, signal.SIGUSR2)
+            if self._down_since and now - self._down_since > TAKE_DOWN_SECONDS:
+                look(self._child.pid)
+                _kill_tree(self._child.pid)
 
 
 def run_until_done(
@@ -45,32 +105,74 @@ def run_until_done(
     environment: Mapping[str, str],
     stop_when: Callable[[], bool] | None = None,
     output: IO[str] | None = None,
+    look: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Run a launcher in the foreground and return its exit code.
+    """Run a launcher in the foreground, stop signals handed on as `Ranks` does; its exit code.
 
-    stop_when: asked twice a second; once it says yes the ranks are told to stop, which they do after saving.
+    stop_when: asked a few times a second; once it says yes the ranks are told to stop, which they do after saving.
     output: where what it writes goes, instead of to the screen.
-
-    SIGTERM and SIGUSR2 are handed to the ranks themselves, past the launcher, and then waited for: the ranks save and
-    leave. Told to stop, torchrun would kill them after 30 seconds, and DeepSpeed's runner leaves them running behind.
+    look: is called as often, with the launcher's process id.
     """
-    told = {**os.environ, "PYTHONPATH": _python_path(), **environment}
-    child = subprocess.Popen(list(argv), env=told, stdout=output, stderr=output)
-    forwarded = (signal.SIGTERM, signal.SIGUSR2)
-    before = {
-        number: signal.signal(number, lambda received, _: _signal_leaves(child.pid, received)) for number in forwarded
-    }
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the ranks as well
+    with Ranks(argv, environment, output) as ranks:
+
+        def asked(pid: int) -> None:
+            look(pid)
+            if stop_when is not None and stop_when():
+                ranks.stop()
+
+        return ranks.wait(asked)
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR2)
+_LOOK_SECONDS = 0.4
+_SAY_AGAIN_SECONDS = 5.0
+TAKE_DOWN_SECONDS = 8.0
+"""Ranks whose peer is gone mostly notice it themselves and say so; those that hang in a collective do not."""
+
+
+def ranks_below(pid: int) -> dict[int, int]:
+    """Process id -> rank, of the living ranks in the tree of a launcher, or the launcher itself where it is the rank."""
+    import psutil
+
+    found = {}
     try:
-        while stop_when is not None and child.poll() is None:
-            if stop_when():
-                _signal_leaves(child.pid, signal.SIGTERM)
-                break
-            time.sleep(POLL_SECONDS)
-        return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return {}
+    for process in tree:
+        try:
+            words = process.cmdline()
+            # A launcher names the file too, as one of its own arguments: Python runs the first that is no option.
+            if process.status() != psutil.STATUS_ZOMBIE and str(RUN_FILE) in words[1:3] and "-m" not in words[1:3]:
+                found[process.pid] = int(process.environ().get("RANK", "0"))
+        except (psutil.Error, ValueError):
+            continue
+    return found
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _kill_tree(pid: int) -> None:
+    import psutil
+
+    try:
+        launcher = psutil.Process(pid)
+        tree = [*launcher.children(recursive=True), launcher]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def count_gpus() -> int:
+    """CUDA devices that a rank could take here, asked of torch in a process of its own, since it takes seconds to load."""
+    argv = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    return int(said) if said.isdigit() else 0
 
 
 def free_port() -> int:
@@ -80,18 +182,62 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _signal_leaves(pid: int, number: int) -> None:
-    """Signal the processes of the tree that have no children: the ranks, whatever launchers stand above them."""
-    import psutil
+class Leash:
+    """Programs that read a script from their standard input and live while it is open; `stop` on it asks them to save."""
 
-    try:
-        tree = psutil.Process(pid).children(recursive=True) or [psutil.Process(pid)]
-        parents = {process.ppid() for process in tree}
-        for process in tree:
-            if process.pid not in parents:
-                process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return  # it has just ended by itself
+    def __init__(self, programs: Sequence[tuple[Sequence[str], str]]) -> None:
+        """programs: (argv, script) of each."""
+        self._programs = programs
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._down_at = float("inf")
+
+    def __enter__(self) -> Leash:
+        self._before = {number: signal.signal(number, lambda *_: self.stop()) for number in (*_STOPPING, signal.SIGINT)}
+        for argv, script in self._programs:
+            # A session of its own: a terminal's Ctrl-C reaches ranks as a wish to stop, not the ssh that holds them.
+            child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, start_new_session=True)
+            self._children.append(child)
+            self._write(child, script)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            self._let_go(child)
+        for child in self._children:
+            child.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def codes(self) -> list[int | None]:
+        if time.monotonic() > self._down_at:
+            for child in self._children:
+                self._let_go(child)
+        return [child.poll() for child in self._children]
+
+    def stop(self) -> None:
+        for child in self._children:
+            self._write(child, "stop\n")
+
+    def take_down_later(self) -> None:
+        """The nodes take each other down; one that does not is let go, and ends itself."""
+        self._down_at = min(self._down_at, time.monotonic() + 2 * TAKE_DOWN_SECONDS)
+
+    @staticmethod
+    def _write(child: subprocess.Popen[bytes], text: str) -> None:
+        assert child.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has left
+            child.stdin.write(text.encode())
+            child.stdin.flush()
+
+    @staticmethod
+    def _let_go(child: subprocess.Popen[bytes]) -> None:
+        assert child.stdin is not None
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+
+
+def has_program(name: str) -> bool:
+    return shutil.which(name) is not None
 
 
 def run_captured(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -99,9 +245,9 @@ def run_captured(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(argv), capture_output=True, text=True, check=False)
 
 
-def sbatch(script: Path) -> subprocess.CompletedProcess[str]:
+def sbatch(script: Path, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Hand a batch script to Slurm; stdout is the job's id. Raises `FileNotFoundError` where there is no sbatch."""
-    return subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    return subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True, check=False)
 
 
 def run_ranks(

@@ -20,9 +20,12 @@ class Via(str, Enum):
     torchrun = "torchrun"
     deepspeed = "deepspeed"
     slurm = "slurm"
+    kubernetes = "kubernetes"
 
 
-ViaOption = Annotated[Via, typer.Option(help="Who starts the ranks; auto and local: torchrun on this machine.")]
+ViaOption = Annotated[
+    Via, typer.Option(help="Who starts the ranks; auto: what launch.via of the spec says, else torchrun.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 

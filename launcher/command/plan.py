@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,17 +122,13 @@ def emitted(spec: JobSpec, made: Plan, folder: Path | None = None) -> dict[str, 
 
 
 def batch_script(spec: JobSpec, made: Plan, spec_path: Path, overrides: list[str]) -> str:
-    from launcher.emit import BatchJob, render_sbatch
+    from launcher.command.launch_slurm import batch_job
+    from launcher.emit import render_sbatch
     from launcher.job import load_cluster
 
-    batch_job = BatchJob(
-        spec_path=str(spec_path.absolute()),
-        overrides=tuple(overrides),
-        workdir=str(Path.cwd()),
-        output_dir=str(Path(spec.output_dir).absolute()),
-        python=sys.executable,
+    return render_sbatch(
+        made, load_cluster(spec.cluster.name).slurm, batch_job(spec, made, spec_path, overrides, array=[])
     )
-    return render_sbatch(made, load_cluster(spec.cluster.name).slurm, batch_job)
 
 
 def _refuse_others(folder: Path, files: dict[str, str]) -> None:

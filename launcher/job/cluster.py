@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,6 +118,25 @@ TimeLimit = Annotated[Text, Field(pattern=r"^(UNLIMITED|[0-9]+(-[0-9]+)?(:[0-9]+
 SbatchOption = Annotated[OneLine, Field(pattern=r"^--?[A-Za-z]")]
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+ScratchPath = Annotated[Text, Field(pattern=r"^/[A-Za-z0-9_./${}-]*$")]
+
+
+class Container(Section):
+    """The image that ranks run in. The job's paths must be visible inside under their own names."""
+
+    image: OneLine
+    """For pyxis what `--container-image` takes, for apptainer the path of a .sif."""
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """`pyxis`: Slurm's plug-in, options of srun; `apptainer`: a command."""
+    mounts: tuple[OneLine, ...] = ()
+    """`source:target`, or a folder under its own name."""
+    python: OneLine = "python3"
+    """Interpreter inside the image, with fleetune's packages."""
+    launcher: OneLine | None = None
+    """fleetune's folder `launcher` inside the image; left out, the one that wrote the script, which must be mounted."""
+
+
 class SlurmSite(Section):
     """How jobs are asked for here. Nothing is needed: what is left out is left to Slurm's own defaults."""
 
@@ -132,17 +152,67 @@ class SlurmSite(Section):
     """Time limit as Slurm writes it, in quotes, since YAML reads 24:00:00 as the number 86400."""
     gpus_directive: Literal["gpus-per-node", "gres", "none"] | None = None
     """How accelerators are asked for: `--gpus-per-node=N`, `--gres=gpu:N` or not at all; left out, the first for CUDA and the last for CPU."""
+    gpu_type: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Kind of accelerator where a node type has a name for it: `h100` asks for `gpu:h100:N`."""
     cpus_per_task: PositiveInt | None = None
     """CPU cores of a node's single task, which starts all of its ranks; left out, one per rank."""
     mem: OneLine | None = None
     """Host memory per node with its unit, in quotes: "0" asks for all of it."""
     extra: tuple[SbatchOption, ...] = ()
     """Further `#SBATCH` options, each as it would be written there, such as `--exclusive`; a later option wins."""
+    modules: tuple[OneLine, ...] = ()
+    """Environment modules to load, in order."""
+    venv: OneLine | None = None
+    """Folder of a Python environment seen by all nodes, activated and used; left out, the interpreter that wrote the script."""
+    container: Container | None = None
+    """Image to run in."""
+    environment: dict[VariableName, OneLine] = Field(default_factory=dict)
+    """Variables for all ranks, such as `NCCL_SOCKET_IFNAME: ib0`; no secrets, since the script is a file."""
+    scratch: ScratchPath | None = None
+    """Folder on a local disk of every node, made there and used as TMPDIR: `/local/${SLURM_JOB_ID}`."""
     setup: tuple[Text, ...] = ()
-    """Shell lines of the site's own, run on the first node before the ranks start: `module load cuda`."""
+    """Shell lines of the site's own, run on the first node before anything else: `source /opt/site/env.sh`."""
+    prolog: tuple[Text, ...] = ()
+    """Shell lines run on the first node right before the ranks start."""
+    epilog: tuple[Text, ...] = ()
+    """Shell lines run on the first node when the ranks have left, however they did; `$code` is the exit code."""
+
+    @model_validator(mode="after")
+    def _one_python(self) -> SlurmSite:
+        if self.venv is not None and self.container is not None:
+            raise ValueError("has both `venv` and `container`; name the interpreter inside as container.python")
+        if secret := [name for name in self.environment if _SECRET_NAME.search(name)]:
+            raise ValueError(
+                f"would write {secret[0]} into a file; set it in the shell that submits, and name it in launch.environment"
+            )
+        return self
+
+
+_SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE", re.IGNORECASE)
 
 
 _NAMES = {"gpu.name", "gpu.kind"}  # the rest are figures
+
+
+class KubernetesSite(Section):
+    """How these machines are asked for from Kubeflow."""
+
+    kind: Literal["TrainJob", "PyTorchJob"] = "TrainJob"
+    """Kubeflow Trainer's v2 or the Training Operator's v1."""
+    image: OneLine | None = None
+    """Image with fleetune and its packages; needed."""
+    namespace: Annotated[Text, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] = "default"
+    """Where the job is made."""
+    runtime: OneLine = "torch-distributed"
+    """TrainJob: the ClusterTrainingRuntime that it refers to."""
+    python: OneLine = "python3"
+    """Interpreter inside the image."""
+    launcher: OneLine = "/opt/fleetune/launcher"
+    """fleetune's folder `launcher` inside the image."""
+    claims: dict[OneLine, OneLine] = Field(default_factory=dict)
+    """PersistentVolumeClaims by name and where they are mounted; spec, data and output folder must lie on them."""
+    gpu_resource: OneLine = "nvidia.com/gpu"
+    """What an accelerator is called among a node's resources."""
 
 
 class Cluster(Section):
@@ -162,6 +232,8 @@ class Cluster(Section):
     """For each figure, `gpu.memory_gib` say: where it was read or how it was measured."""
     slurm: SlurmSite = SlurmSite()
     """How this site's Slurm is asked for these machines."""
+    kubernetes: KubernetesSite = KubernetesSite()
+    """How this site's Kubernetes is."""
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Cluster:

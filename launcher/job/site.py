@@ -64,10 +64,10 @@ def overridden(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(raw: dict[str, Any]) -> list[str]:
-    """Dotted names of what a file says outside `sources` and `slurm`."""
+    """Dotted names of what a file says outside `sources`, `slurm` and `kubernetes`."""
     return [
         dotted
         for section, facts in raw.items()
-        if section not in ("sources", "slurm")
+        if section not in ("sources", "slurm", "kubernetes")
         for dotted in ([f"{section}.{key}" for key in facts] if isinstance(facts, dict) else [section])
     ]

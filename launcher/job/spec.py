@@ -401,6 +401,41 @@ class ClusterSection(ShorthandSection):
     """Accelerators, and so ranks, per machine (on a CPU cluster: ranks)."""
 
 
+class LaunchSection(ShorthandSection):
+    via: Literal["auto", "local", "torchrun", "deepspeed", "slurm", "kubernetes"] = "auto"
+    """Who starts the ranks: `local` (this machine), `torchrun` or `deepspeed` (also on several machines), `slurm`, or a manifest for `kubernetes`; `auto`: torchrun."""
+    hosts: Texts | None = None
+    """Machines to start on over ssh, in the order of their ranks, `name` or `user@name`; each starts `cluster.gpus_per_node` ranks."""
+    hostfile: Text | None = None
+    """The same as a file of DeepSpeed's form, one `name slots=8` per line."""
+    include: Text | None = None
+    """Of those machines only these, as DeepSpeed writes them: `n1@n2:0,2` (all slots of n1, two of n2)."""
+    exclude: Text | None = None
+    """Of those machines without these: `n3@n4:7`."""
+    remote: Literal["ssh", "pdsh"] = "ssh"
+    """How the other machines are reached; `pdsh`: by DeepSpeed's own runner, with `via: deepspeed`."""
+    ssh_options: tuple[Text, ...] = ()
+    """Words for ssh, before the machine's name: `[-p, "2222"]`."""
+    environment: tuple[Text, ...] = ()
+    """Further environment variables that go to the ranks, by name; `*` ends a prefix. `--dry-run` shows the list."""
+    max_restarts: Annotated[Int, Field(ge=0, le=1000)] = 3
+    """Restarts from the newest checkpoint after a failure that may pass: a lost node, a killed rank, a NCCL error."""
+    max_requeues: Annotated[Int, Field(ge=0, le=10000)] = 100
+    """slurm: how often a job that was told to stop, by its time limit or a preemption, queues itself again."""
+    min_nodes: PositiveInt | None = None
+    """torchrun: go on with fewer machines, down to this many, and with those that come back; the plan is made again for what is there, with the same global batch."""
+
+    @model_validator(mode="after")
+    def _one_list_of_hosts(self) -> LaunchSection:
+        if self.hosts is not None and self.hostfile is not None:
+            raise ValueError("has both `hosts` and `hostfile`; remove one of them")
+        if (self.include or self.exclude) and self.hosts is None and self.hostfile is None:
+            raise ValueError("has `include` or `exclude`, but no `hostfile` to choose from; remove them, or add it")
+        if self.include and self.exclude:
+            raise ValueError("has both `include` and `exclude`; remove one of them")
+        return self
+
+
 class CheckpointSection(Section):
     every_steps: PositiveInt | None = None
     """Save after this many optimiser steps; the last step is always saved."""
@@ -485,6 +520,8 @@ class JobSpec(Section):
     """How the work is laid over the ranks; `auto` lets the planner decide."""
     cluster: ClusterSection = ClusterSection()
     """The machines."""
+    launch: LaunchSection = LaunchSection()
+    """Who starts the ranks, where, and how often again."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When the state is saved."""
     evaluation: EvaluationSection = EvaluationSection()

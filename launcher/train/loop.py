@@ -38,7 +38,7 @@ from launcher.train.manifest import VERSION, Manifest
 from launcher.train.peak import device_peaks, host_peak
 from launcher.train.preempt import StopFlag
 from launcher.train.reference import reference_of
-from launcher.train.report import LOG, Reporter
+from launcher.train.report import LOG, METRICS, Reporter
 from launcher.train.start import Position, Run, opened_training, opening, restore, resume_point, set_up
 from launcher.train.trackers import open_trackers
 from launcher.train.world import World
@@ -77,6 +77,7 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
         LOG.info(opening(run, saved))
         report.say(opening(run, saved))
         try:
+            _score_what_is_owed(run, report, start.step)
             return _steps(run, start, report)
         finally:
             run.engine.close()
@@ -103,7 +104,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
 
     window, nonfinite, spikes = Window.new(run.device), Nonfinite(run), Spikes()
     scores: dict[str, float] = {}
-    step, position = start.step, start.samples
+    step, position, cut_short = start.step, start.samples, False
     ends = step if run.best is not None and run.best.is_exhausted else run.num_steps
     with Prefetcher(make, position, size, position + (ends - step) * size) as steps:
         waiting_since = time.perf_counter()
@@ -112,6 +113,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
             run.watchdog.seen()
             lr = run.schedule.rate(step - run.num_skipped)
             norm, stop = _step(run, batches, lr, step, window)
+            run.stop.has_begun = True
             nonfinite.answer(norm, step + 1, batches, lambda: stream.micro_batches(position))  # noqa: B023
             step, position = step + 1, position + size
             report.advance(step)
@@ -120,15 +122,14 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
                 _record(run, report, window, Position(step, position), lr, norm, spikes)
                 window = Window.new(run.device)
             if _due(step, spec.evaluation.every_steps) or last:
-                scores = evaluate(run, None if last else spec.evaluation.max_samples)
-                report.record("evaluation", {"step": step, **scores})
-                better = run.best is not None and run.best.see(step, scores)
+                scores, cut_short = _scored(run, report, step)
+                better = run.best is not None and not cut_short and run.best.see(step, scores)
                 last = last or (run.best is not None and run.best.is_exhausted)
-            if _due(step, spec.checkpoint.every_steps) or last or stop or better:
+            if _due(step, spec.checkpoint.every_steps) or last or stop or better or cut_short:
                 _save(run, Position(step, position))
-            if last:
+            if last and not cut_short:
                 break
-            if stop:
+            if stop or cut_short:
                 raise Preempted(f"told to stop: saved after step {step}; start the same command again to go on")
             waiting_since = time.perf_counter()
     if step > start.step:
@@ -145,6 +146,35 @@ def _say_end(run: Run, report: Reporter, step: int) -> None:
     if run.best is not None and run.best.step is not None:
         report.record("best", run.best.to_json())
         report.say(f"best: {run.checkpoints / f'step-{run.best.step:08d}'}; fleetune convert --best takes it")
+
+
+def _scored(run: Run, report: Reporter, step: int) -> tuple[dict[str, float], bool]:
+    """The scores of a step, recorded; or none of them, and that ranks were told to stop meanwhile."""
+    try:
+        scores = evaluate(run, None if step == run.num_steps else run.spec.evaluation.max_samples)
+    except _CutShort:
+        return {}, True
+    report.record("evaluation", {"step": step, **scores})
+    return scores, False
+
+
+def _score_what_is_owed(run: Run, report: Reporter, step: int) -> None:
+    if not decide_on_first(lambda: _is_owed(run, step)):
+        return
+    scores, cut_short = _scored(run, report, step)
+    if cut_short:
+        raise Preempted(f"told to stop while scoring step {step}; start the same command again to go on")
+    if run.best is not None:
+        run.best.see(step, scores)
+
+
+def _is_owed(run: Run, step: int) -> bool:
+    """Whether the step that is gone on from was to be scored, and was not: its evaluation was cut short."""
+    if step == 0 or not (_due(step, run.spec.evaluation.every_steps) or step == run.num_steps):
+        return False
+    path = Path(run.spec.output_dir) / METRICS
+    kinds = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return not any(line["kind"] == "evaluation" and line["step"] == step for line in kinds)
 
 
 def _referred(run: Run, split: str, rows: Sequence[Row]) -> Sequence[Row]:
@@ -225,6 +255,14 @@ def _record(
     )
 
 
+_ASK_EVERY = 16
+"""Batches of an evaluation between two questions whether to stop: a forward pass each, so a second or two."""
+
+
+class _CutShort(Exception):
+    """All ranks together: one was told to stop."""
+
+
 def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     """Scores of the held-out samples, the same on any number of ranks; {} when nothing was held out."""
     if "validation" not in run.data.index["splits"]:
@@ -232,7 +270,10 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     size = run.plan.chosen.layout.micro_batch_size
     split = run.data.split("validation")
     metrics = run.task.metrics(min(len(split), max_samples or len(split)))
-    for rows in eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples):
+    batches = eval_batches(split, run.world.rank, run.world.num_ranks, size, max_samples)
+    for number, rows in enumerate(batches, start=1):
+        if number % _ASK_EVERY == 0 and _sum_over_ranks(run, [int(run.stop.requested)])[0]:
+            raise _CutShort
         # every rank computes every batch: sharded parameters are gathered by all or by none
         held = _referred(run, "validation", rows or run.task.dummy_rows(1))
         batch = run.task.collate(held, run.data.pad_id)

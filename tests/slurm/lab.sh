@@ -6,6 +6,9 @@
 #   lab.sh env           print `export ...` lines; eval them, and sbatch, squeue, scontrol reach the cluster
 #   lab.sh crash NODE    power cut: slurmd and every task of the node die at once
 #   lab.sh boot NODE     bring it back
+#   lab.sh stop-ctld     stop the controller; jobs go on
+#   lab.sh start-ctld    start it again
+#   lab.sh on NODE CMD   run a command on a node, in all of its namespaces
 #   lab.sh wipe          stop everything that `up` started, by recorded pid, and delete $LAB
 #
 # LAB=/tmp/slurmlab/cluster   folder for everything; keep it short, since it holds unix sockets
@@ -69,7 +72,7 @@ at_head() { # command...: where slurmctld can be reached; nsenter execs
 
 install() {
   local package missing=() guard=/usr/sbin/policy-rc.d made_guard=0 code
-  for package in slurm-wlm munge iproute2 util-linux procps; do
+  for package in slurm-wlm munge iproute2 util-linux procps openssh-server pdsh; do
     dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
   done
   ((${#missing[@]})) || return 0
@@ -193,6 +196,18 @@ start_box() { # name, address
   at_head ip link set "v$1" master br0 up || die "no network for $1"
 }
 
+start_ctld() {
+  nsenter -t "$(first_process head)" -n -u -- slurmctld -D </dev/null >>"$LAB/log/slurmctld.out" 2>&1 &
+  record slurmctld $!
+  wait_for 15 at_head scontrol ping || die "slurmctld: $(tail -3 "$LAB/log/slurmctld.out")"
+}
+
+on() { # node, command...
+  local node=$1
+  shift
+  exec nsenter -t "$(first_process "$node")" -n -u -p -m -- "$@"
+}
+
 boot() { start_box "$1" "$NET.${1#n}"; }
 all_idle() {
   [[ $(at_head scontrol show node) != *CPULoad=N/A* && $(at_head sinfo -h -N -t idle -o %N | grep -vc '\*') == "$NODES" ]]
@@ -210,9 +225,7 @@ up() {
   wait_for 10 munge -S "$SOCKET" -n || die "munged: $(tail -3 "$LAB/log/munged" "$LAB/munge/log")"
   start_box head "$NET.254"
   write_wrappers
-  nsenter -t "$(first_process head)" -n -u -- slurmctld -D </dev/null >>"$LAB/log/slurmctld.out" 2>&1 &
-  record slurmctld $!
-  wait_for 15 at_head scontrol ping || die "slurmctld: $(tail -3 "$LAB/log/slurmctld.out")"
+  start_ctld
   for node in $(node_names); do boot "$node"; done
   wait_for 20 all_idle || die "not all nodes came up: $(at_head sinfo -N -l)"
 }
@@ -239,6 +252,9 @@ wipe() {
 case ${1:-} in
 install | up | wipe) "$1" ;;
 crash | boot) "$1" "$2" ;;
+stop-ctld) stop slurmctld TERM ;;
+start-ctld) start_ctld ;;
+on) "$@" ;;
 env) echo "export SLURM_CONF=$LAB/etc/outside.conf PATH=$LAB/bin:\$PATH" ;;
 __box) box_main "$2" "$3" ;;
 *)

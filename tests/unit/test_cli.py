@@ -146,7 +146,7 @@ def test_a_dry_run_shows_all_and_does_nothing(
     spec_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan, each generated file, the command; no process, no folder."""
-    monkeypatch.setattr("launcher.spawn.run_until_done", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("launcher.spawn.run_until_done", lambda *_, **__: pytest.fail("a process was started"))
     with measured_here():
         assert fleetune("launch", spec_path, "--dry-run", "--set", "parallel=zero2") == 0
     shown = capsys.readouterr().out
@@ -174,10 +174,9 @@ def test_launch_leaves_with_the_code_of_the_run(
 ) -> None:
     """What rank 0 wrote, behind any launcher's own code."""
 
-    def run_until_done(*_: Any) -> int:
+    def run_until_done(*_: Any, **__: Any) -> int:
         if outcome is not None:
             folder = Path(load_spec(spec_path).output_dir)
-            folder.mkdir()
             (folder / "outcome.json").write_text(json.dumps({"time": time.time() + 1, **outcome}))
         return launcher_code
 
