@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK = 256
-"""Elements that share a scale in 8-bit states: torchao's and bitsandbytes' block."""
+"""Elements that share a scale in 8-bit states: bitsandbytes' block."""
 EIGHT_BIT = 1 + 4 / BLOCK
 """Bytes of an element in 8 bits: itself, and its share of a block's fp32 scale."""
 
@@ -40,9 +40,6 @@ class Optimiser:
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 OPTIMISERS: dict[str, Optimiser] = {
     "adamw": Optimiser("torch.optim.AdamW", _ADAM),
-    "adamw_8bit": Optimiser(
-        "torchao.optim.AdamW8bit", _ADAM, moment_bytes=EIGHT_BIT, package="torchao", extra="torchao"
-    ),
     "paged_adamw": Optimiser(
         "bitsandbytes.optim.PagedAdamW32bit", _ADAM, is_paged=True, package="bitsandbytes", extra="bitsandbytes"
     ),

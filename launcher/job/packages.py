@@ -9,7 +9,7 @@ from launcher.errors import Problem, SpecError
 from launcher.job.optimisers import OPTIMISERS
 from launcher.job.spec import JobSpec
 
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """Destination -> the package that is imported; each has an extra of the same name."""
 
 

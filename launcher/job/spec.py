@@ -23,7 +23,7 @@ from pydantic import (
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "hpz", "fsdp", "hsdp"]
 Offload = Literal["none", "cpu", "nvme"]
 Auto = Literal["auto"]
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd"]
+OptimizerName = Literal["adamw", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd"]
 ScheduleName = Literal[
     "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "wsd", "inverse_sqrt", "lr_range"
 ]
@@ -314,7 +314,7 @@ class TrainingSection(Section):
     num_epochs: Positive | None = None
     """Passes over the training samples; give this or `max_steps`."""
     optimizer: OptimizerName = "adamw"
-    """Who updates: `adamw` (torch's, fused), `adamw_8bit` (torchao: moments in 8 bits), `paged_adamw` and `paged_adamw_8bit` (bitsandbytes: moments that the driver moves to the host and back), `adafactor` (torch's), `lion` (lion-pytorch), `muon` (torch's, for the matrices of the blocks, scaled so that AdamW's rates fit; AdamW for the rest), `sgd` (torch's, with momentum)."""
+    """Who updates: `adamw` (torch's, fused), `paged_adamw` and `paged_adamw_8bit` (bitsandbytes: moments that the driver moves to the host and back), `adafactor` (torch's), `lion` (lion-pytorch), `muon` (torch's, for the matrices of the blocks, scaled so that AdamW's rates fit; AdamW for the rest), `sgd` (torch's, with momentum)."""
     lr: Positive = 5e-5
     """Peak learning rate."""
     schedule: ScheduleName = "cosine"
@@ -469,8 +469,8 @@ class EvaluationSection(Section):
 class TrackingSection(Section):
     log_every_steps: PositiveInt = 10
     """A record in `metrics.jsonl` and, when not on a terminal, a printed line, per this many steps."""
-    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Who else gets the records: `[tensorboard]` (files in `<output_dir>/tensorboard`), `wandb`, `mlflow`, `trackio`."""
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Who else gets the records: `[tensorboard]` (files in `<output_dir>/tensorboard`), `wandb`, `mlflow`."""
     project: Text = "fleetune"
     """Project (MLflow: experiment) of the run there."""
     run_name: Text | None = None

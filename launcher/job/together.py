@@ -57,7 +57,6 @@ LIMITS = (
         ("ddp",),
         "it works on rows and columns of whole matrices, and torch's does not take sharded ones",
     ),
-    Limit("training.optimizer", ("adamw_8bit",), STRATEGY, _TORCH, "its states are not DeepSpeed's to save"),
     Limit(
         "training.optimizer",
         ("paged_adamw", "paged_adamw_8bit"),

@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, W&B, MLflow and trackio, beside `metrics.jsonl`, where the spec asks for it. Rank 0 alone."""
+"""Metrics to TensorBoard, W&B and MLflow, beside `metrics.jsonl`, where the spec asks for it. Rank 0 alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tracker(NamedTuple):
 
 def open_trackers(spec: JobSpec, first_step: int) -> list[Tracker]:
     """Those of `tracking.to`; a run that goes on is the same run there."""
-    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     return [makers[name](spec, first_step) for name in spec.tracking.to]
 
 
@@ -92,10 +92,3 @@ def _mlflow(spec: JobSpec, first_step: int) -> Tracker:
         mlflow.start_run(run_name=_name(spec), tags={"fleetune": _id(spec)})
         mlflow.log_dict(_settings(spec), "spec.json")
     return Tracker(lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run)
-
-
-def _trackio(spec: JobSpec, first_step: int) -> Tracker:
-    import trackio
-
-    run = trackio.init(project=spec.tracking.project, name=_name(spec), config=_settings(spec), resume="allow")
-    return Tracker(lambda values, step: run.log(values, step=step), run.finish)

@@ -21,7 +21,6 @@ class Update:
         training = spec.training
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizers, self._shares = make_optimizers(model, training, device)
-        self._wants_tensor = training.optimizer == "adamw_8bit"  # torchao compiles its update once for all rates
         named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.average = Average(named, training.ema_decay) if training.ema_decay else None
         self.num_skipped = 0
@@ -52,7 +51,7 @@ class Update:
 
     def _apply(self, lr: float) -> None:
         for group, share in zip(self._groups(), self._shares, strict=True):
-            group["lr"] = torch.tensor(lr * share) if self._wants_tensor else lr * share
+            group["lr"] = lr * share
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
