@@ -88,12 +88,16 @@ class BatchStream:
     dealing: Dealing = "in_turns"
     allocate: Allocate | None = None
     """Makes the memory of blocks of tokens; pinned where they go to an accelerator."""
+    ahead: Callable[[int], None] | None = None
+    """Told where each step begins, before its rows are read: what comes after may be fetched."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.world_size * self.micro_batch_size) == 0, "the planner sees to it"
 
     def micro_batches(self, position: int) -> list[Sequence[Row]]:
         """The rows of the optimiser step that starts at global `position`; each says its `sample` and its `epoch`."""
+        if self.ahead:
+            self.ahead(position)
         ids = self.order.samples(position, self.global_batch_size)
         if self.dealing == "in_turns":  # `in_turns` in two slices: a step of thousands of rows costs no list of them
             rows = self._rows(ids[self.rank :: self.world_size], self._epochs(position)[self.rank :: self.world_size])

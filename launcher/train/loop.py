@@ -93,6 +93,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
         run.plan.chosen.layout.micro_batch_size,
         run.training.dealing,
         _pinned if run.device.type == "cuda" else None,
+        run.training.ahead,
     )
 
     def make(position: int) -> list[Batch]:
