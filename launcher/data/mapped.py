@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +73,16 @@ class PreparedSplit:
         ]
 
     def block(self, ids: Ints, allocate: Allocate | None = None) -> Ints | None:
-        """The tokens of these samples, (samples, tokens), or None unless they hold tokens only and equally many.
+        """The tokens of these samples, (samples, tokens), or None unless they hold tokens only and equally many."""
+        blocks = self.blocks(ids, len(ids), allocate)
+        return None if blocks is None else next(blocks, None)
 
-        A copy per row, straight from the file into the widened block, is quicker than a gather of narrow rows that is
-        widened after it.
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> Iterator[Ints] | None:
+        """`block` in pieces of `num_rows` samples, each made when it is asked for: then it is still in the core's cache
+        when it is used, and its memory is there from the one before.
+
+        Rows are copied straight from the file into the widened block, which is quicker than a gather of narrow rows that
+        is widened after it.
         """
         self._begin(len(ids))
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
@@ -91,11 +97,9 @@ class PreparedSplit:
         length = int(facts[0, _LENGTH])
         of_batch = facts[:, _BEGIN] + rounds * facts[:, _STRIDE]
         begins = np.where(rounds == facts[:, _LAST], facts[:, _LAST_BEGIN], of_batch) + rest * length
-        tokens = allocate((len(ids), length)) if allocate else np.empty((len(ids), length), dtype=np.int64)
         flat = self._flat
-        for row, (number, begin) in enumerate(zip(numbers.tolist(), begins.tolist(), strict=True)):
-            tokens[row] = flat[number][begin : begin + length]
-        return tokens
+        rows = [flat[n][at : at + length] for n, at in zip(numbers.tolist(), begins.tolist(), strict=True)]
+        return (_joined(rows[i : i + num_rows], length, allocate) for i in range(0, len(rows), num_rows))
 
     def costs(self, ids: Ints) -> Ints:
         """Tokens of each of these samples."""
@@ -227,6 +231,14 @@ class _Plain(NamedTuple):
     stride: int
     last: int
     last_begin: int
+
+
+def _joined(rows: list[NDArray[Any]], length: int, allocate: Allocate | None) -> Ints:
+    """Rows of equal length -> (rows, length) int64."""
+    shape = (len(rows), length)
+    tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
+    np.concatenate(rows, out=tokens.reshape(-1))
+    return tokens
 
 
 def _leading(flags: NDArray[np.bool_]) -> int:

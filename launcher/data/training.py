@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +191,15 @@ class JoinedSplit:
                 tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
             tokens[mine] = part
         return tokens
+
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> Iterator[Ints] | None:
+        found = []
+        for begin in range(0, len(ids), num_rows):
+            tokens = self.block(ids[begin : begin + num_rows], allocate)
+            if tokens is None:
+                return None
+            found.append(tokens)
+        return iter(found)
 
     def _parts(self, ids: Ints) -> list[tuple[PreparedSplit | PackedSplit, Ints, Ints]]:
         """Each split that holds some of the ids: which of them, and their numbers in it."""

@@ -113,7 +113,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
             run.watchdog.seen()
             lr = run.schedule.rate(step - run.num_skipped)
             norm, stop = _step(run, batches, lr, step, window)
-            nonfinite.answer(norm, step + 1, batches, lambda: stream.micro_batches(position))  # noqa: B023
+            nonfinite.answer(norm, step + 1, batches, lambda: list(stream.micro_batches(position)))  # noqa: B023
             step, position = step + 1, position + size
             report.advance(step)
             last, better = step == run.num_steps, False
