@@ -43,8 +43,12 @@ def relevant_options(spec: JobSpec) -> dict[str, Any]:
     if data.tokenizer is None and data.train_tokenizer is None:
         options["model"] = spec.model.path or spec.model.from_config
     options |= {
-        key: getattr(data, key) for key in DATA_OPTIONS if key != "augment" and belongs("data", key, spec.task.name)
+        key: getattr(data, key)
+        for key in DATA_OPTIONS
+        if key not in ("augment", "stride") and belongs("data", key, spec.task.name)
     }
+    if data.stride is not None:
+        options["stride"] = data.stride
     if options.get("packing") == "best_fit":
         options["packing"] = "none"  # the same rows: bins are planned over them
     return options | {key: getattr(spec.task, key) for key in SHAPE_ROWS if belongs("task", key, spec.task.name)}

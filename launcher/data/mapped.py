@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +33,27 @@ Allocate = Callable[[tuple[int, int]], NDArray[np.int64]]
 """Makes an int64 array of a shape that is overwritten at once: ordinary memory, or pinned."""
 
 
+class ShardStore(Protocol):
+    """Shards that are brought here when they are needed, by their place in the index."""
+
+    num_open: int
+    """Of these shards as many may stay mapped; a file that is mapped keeps its place on the disk, removed or not."""
+
+    def path(self, number: int) -> Path:
+        """Where the shard lies now."""
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """These will be needed soon, in this order."""
+
+
 @dataclass(frozen=True)
 class PreparedSplit:
     """Random access to the samples of one split."""
 
     folder: Path
     entry: dict[str, Any]
-    locate: Callable[[dict[str, Any]], Path] | None = None
-    """Path of the shard with this entry of the index; by default a file of the folder."""
+    store: ShardStore | None = None
+    """Where the shards come from; left out, they lie in the folder."""
 
     def __len__(self) -> int:
         return int(self.entry["num_samples"])
@@ -51,7 +64,7 @@ class PreparedSplit:
 
     def rows(self, ids: Ints) -> list[Row]:
         """The samples with these ids, which they carry as `sample`; lists are read-only views of the file, in its type."""
-        self._pages.touch(len(ids))
+        self._begin(len(ids))
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         places = (ids - self._starts[numbers]).tolist()
         return [
@@ -60,12 +73,18 @@ class PreparedSplit:
         ]
 
     def block(self, ids: Ints, allocate: Allocate | None = None) -> Ints | None:
-        """The tokens of these samples, (samples, tokens), or None unless they hold tokens only and equally many.
+        """The tokens of these samples, (samples, tokens), or None unless they hold tokens only and equally many."""
+        blocks = self.blocks(ids, len(ids), allocate)
+        return None if blocks is None else next(blocks, None)
 
-        A copy per row, straight from the file into the widened block, is quicker than a gather of narrow rows that is
-        widened after it.
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> Iterator[Ints] | None:
+        """`block` in pieces of `num_rows` samples, each made when it is asked for: then it is still in the core's cache
+        when it is used, and its memory is there from the one before.
+
+        Rows are copied straight from the file into the widened block, which is quicker than a gather of narrow rows that
+        is widened after it.
         """
-        self._pages.touch(len(ids))
+        self._begin(len(ids))
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         found = [self._shard(number).plain for number in dict.fromkeys(numbers.tolist())]
         if not all(plain and plain.length == found[0].length for plain in found):  # type: ignore[union-attr]
@@ -78,11 +97,9 @@ class PreparedSplit:
         length = int(facts[0, _LENGTH])
         of_batch = facts[:, _BEGIN] + rounds * facts[:, _STRIDE]
         begins = np.where(rounds == facts[:, _LAST], facts[:, _LAST_BEGIN], of_batch) + rest * length
-        tokens = allocate((len(ids), length)) if allocate else np.empty((len(ids), length), dtype=np.int64)
         flat = self._flat
-        for row, (number, begin) in enumerate(zip(numbers.tolist(), begins.tolist(), strict=True)):
-            tokens[row] = flat[number][begin : begin + length]
-        return tokens
+        rows = [flat[n][at : at + length] for n, at in zip(numbers.tolist(), begins.tolist(), strict=True)]
+        return (_joined(rows[i : i + num_rows], length, allocate) for i in range(0, len(rows), num_rows))
 
     def costs(self, ids: Ints) -> Ints:
         """Tokens of each of these samples."""
@@ -93,13 +110,17 @@ class PreparedSplit:
 
     def lengths(self) -> Ints:
         """Tokens of every sample, in their order: 8 bytes each."""
-        parts = [self._shard(number).lengths() for number in range(len(self.entry["shards"]))]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        parts = [np.empty(0, dtype=np.int64)]
+        for number in range(len(self.entry["shards"])):
+            self._begin(0)
+            parts.append(self._shard(number).lengths())
+        return np.concatenate(parts)
 
     def label_counts(self, num_labels: int) -> tuple[int, ...]:
         """How often each class stands in the column `label`, be it one per sample or several; 0s where there is none."""
         counts = np.zeros(num_labels, dtype=np.int64)
         for number in range(len(self.entry["shards"])):
+            self._begin(0)
             for ids in self._shard(number).cells("label"):
                 counts += np.bincount(ids, minlength=num_labels)
         return tuple(counts.tolist())
@@ -118,11 +139,19 @@ class PreparedSplit:
     def _pages(self) -> _Pages:
         return _Pages(self._open)
 
+    def _begin(self, num_rows: int) -> None:
+        """Before rows are read: what was mapped long ago is let go. Views that were handed out stay good."""
+        self._pages.touch(num_rows)
+        while self.store and len(self._open) > self.store.num_open:
+            longest_open = next(iter(self._open))
+            del self._open[longest_open]
+            self._flat.pop(longest_open, None)
+
     def _shard(self, number: int) -> _Shard:
         shard = self._open.get(number)
         if shard is None:
             entry = self.entry["shards"][number]
-            path = self.locate(entry) if self.locate else self.folder / entry["file"]
+            path = self.store.path(number) if self.store else self.folder / entry["file"]
             shard = self._open[number] = _Shard(path)
             if shard.plain is not None:
                 self._flat[number], *facts = shard.plain
@@ -202,6 +231,14 @@ class _Plain(NamedTuple):
     stride: int
     last: int
     last_begin: int
+
+
+def _joined(rows: list[NDArray[Any]], length: int, allocate: Allocate | None) -> Ints:
+    """Rows of equal length -> (rows, length) int64."""
+    shape = (len(rows), length)
+    tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
+    np.concatenate(rows, out=tokens.reshape(-1))
+    return tokens
 
 
 def _leading(flags: NDArray[np.bool_]) -> int:

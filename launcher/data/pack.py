@@ -133,6 +133,9 @@ class PackedSplit:
     def block(self, ids: Ints, allocate: Allocate | None = None) -> None:
         """A bin is no plain block: its documents are told apart."""
 
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> None:
+        """Nor are several."""
+
     @cached_property
     def digest(self) -> str:
         """Of which documents stand in which bin: with it, a place in the order names the same tokens for ever."""

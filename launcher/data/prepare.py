@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.checksum import file_digest
 from launcher.data.building import Building, locked
 from launcher.data.chunks import Chunk, Encoder, Setting, batches_of, schema_of
 from launcher.data.corpus import Corpus, Progress, libraries
@@ -26,7 +27,7 @@ from launcher.data.split import share_of
 from launcher.data.tokenizer import TokenizerSource, load_tokenizer, num_ids, tokenizer_source
 from launcher.data.workers import run_over
 from launcher.errors import ABSENT, DataError, Interrupted
-from launcher.job.spec import JobSpec
+from launcher.job.spec import JobSpec, is_url
 from launcher.job.tasks import WRITERS, belongs
 from launcher.task.templates import give_template
 
@@ -54,6 +55,9 @@ def prepare(
     Prepared data of other inputs or options is replaced only with `force`; a folder of anything else never is.
     num_workers: processes; left out, one per core, and fewer where the input is small. The shards are the same.
     """
+    if is_url(spec.prepared_dir):
+        way_out = "prepare into a folder (--out DIR), copy it there with your store's own tool, and train from the URL"
+        raise DataError("data.prepared", spec.prepared_dir, "is a URL, where nothing is written", way_out)
     progress = progress or _no_progress
     corpus = Corpus(spec, progress)
     folder = Path(spec.prepared_dir)
@@ -199,6 +203,10 @@ def _assemble(
         totals = {key: entry.pop(key) for key in ("num_samples", "num_tokens")}
         num_augmented = sum(part["num_augmented"] for part in parts)
         index["splits"][split] = {**totals, "num_records": num_records, "num_augmented": num_augmented, **entry}
+    index["tokenizer_files"] = [
+        {"file": path.name, "size": path.stat().st_size, "blake2b": file_digest(path)}
+        for path in sorted((folder / "tokenizer").iterdir())
+    ]
     write_json(folder / "dataset_dict.json", {"splits": corpus.splits})
     write_json(folder / INDEX_NAME, index)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checksum import file_digest
+from launcher.data.fetched import FetchedShards, Origin
 from launcher.data.fingerprint import options_fingerprint
 from launcher.data.mapped import PreparedSplit
 from launcher.errors import ABSENT, DataError, Problem
-from launcher.job.spec import JobSpec, TaskSection
+from launcher.job.spec import JobSpec, TaskSection, is_url
 from launcher.task import Facts
 
 INDEX_NAME = "index.json"
@@ -28,6 +29,8 @@ _MADE_AGAIN = "make it again with `fleetune prepare --force`"
 class PreparedData:
     folder: Path
     index: dict[str, Any]
+    origin: Origin | None = None
+    """Where it comes from, if not from the folder: then this keeps what was fetched."""
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +84,9 @@ class PreparedData:
         if name not in self.index["splits"]:
             way_out = "set data.validation, or a data.validation_fraction above 0, and prepare again"
             raise DataError(str(self.folder), ABSENT, f"has no {name} samples", way_out)
-        return PreparedSplit(self.folder / name, self.index["splits"][name])
+        entry = self.index["splits"][name]
+        store = FetchedShards(self.origin, name, entry) if self.origin else None
+        return PreparedSplit(self.folder / name, entry, store)
 
 
 def facts_of(index: dict[str, Any]) -> Facts:
@@ -92,16 +97,25 @@ def facts_of(index: dict[str, Any]) -> Facts:
 def open_prepared(spec: JobSpec, *, verify: bool = False) -> PreparedData:
     """The prepared data of a spec. DataError if it is missing, of other options, or damaged.
 
-    Sizes are always checked; `verify` also reads every shard and compares its checksum.
+    Sizes are always checked; `verify` also reads every shard and compares its checksum. What lies behind a URL is
+    checked as it comes.
     """
-    folder = Path(spec.prepared_dir)
+    origin = Origin.of(spec.prepared_dir, spec.data) if is_url(spec.prepared_dir) else None
+    folder = origin.folder if origin else Path(spec.prepared_dir)
+    if origin:
+        origin.fetch_index()
     index = read_index(folder)
     if index is None:
         raise DataError("data.prepared", str(folder), "holds no prepared data", _MADE_BY)
     if index["options_fingerprint"] != options_fingerprint(spec):
         rule = "was prepared with other options (task, data or seq_len)"
         way_out = "run `fleetune prepare --force`, or give another folder as data.prepared"
-        raise DataError("data.prepared", str(folder), rule, way_out)
+        raise DataError("data.prepared", spec.prepared_dir, rule, way_out)
+    if origin:
+        for entry in index["splits"].values():
+            origin.check_room(entry)
+        origin.fetch_tokenizer(index)
+        return PreparedData(folder, index, origin)
     problems = damages(folder, index, verify=verify)
     if problems:
         raise DataError.several(problems)

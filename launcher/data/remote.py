@@ -5,7 +5,6 @@ A file is fetched once, whole, into the folder where data are being made, and re
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from hashlib import blake2b
@@ -14,16 +13,11 @@ from typing import Any
 
 from launcher.errors import ABSENT, DataError, Interrupted
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 """What `fsspec` needs to be installed for a scheme; optional extras of fleetune, by the name of the scheme."""
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)
 """Waited before each new attempt at a file; then the network is taken for lost."""
-
-
-def is_remote(name: str) -> bool:
-    return bool(_SCHEME.match(name))
 
 
 def expand(option: str, url: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from launcher.checksum import file_digest
 from launcher.task import Kind, Row
@@ -24,6 +25,7 @@ SHARD_BYTES = 64 << 20
 """Bytes of tokens per shard, or a batch more."""
 
 _UINT16_IDS = 1 << 16
+_ANY_LENGTH = 1 << 62
 
 _LISTS = ("tokens", "bytes", "ints", "classes")
 _DTYPES: dict[Kind, str] = {
@@ -102,7 +104,12 @@ def write_batches(folder: Path, batches: Iterable[Any], schema: Schema, fingerpr
     info = {"citation": "", "description": "", "features": schema.features(), "homepage": "", "license": ""}
     write_json(folder / "dataset_info.json", info)
     totals = {key: sum(shard[key] for shard in shards) for key in ("num_samples", "num_tokens")}
-    return {**totals, "shards": shards}
+    lengths = {key: choose((shard[key] for shard in shards), default=0) for key, choose in _EXTREMES.items()}
+    return {**totals, **lengths, "shards": shards}
+
+
+_EXTREMES = {"shortest": min, "longest": max}
+"""Tokens of a sample, in a shard and in a split."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -116,9 +123,13 @@ def record_batches(rows: Iterable[Row], schema: Schema) -> Iterator[Any]:
         yield _record_batch(some, schema, arrow)
 
 
+def lengths_of(batch: Any) -> NDArray[np.int32]:
+    """Tokens of each row."""
+    return np.asarray(np.diff(batch.column("input_ids").offsets.to_numpy()))
+
+
 def num_tokens(batch: Any) -> int:
-    offsets = batch.column("input_ids").offsets
-    return int(offsets[-1].as_py() - offsets[0].as_py())
+    return int(lengths_of(batch).sum())
 
 
 class _ShardWriter:
@@ -135,12 +146,15 @@ class _ShardWriter:
         import pyarrow
 
         if self._stream is None:
-            self._shards.append({"num_samples": 0, "num_tokens": 0})
+            self._shards.append({"num_samples": 0, "num_tokens": 0, "shortest": _ANY_LENGTH, "longest": 0})
             self._stream = pyarrow.ipc.new_stream(str(self._unnamed(len(self._shards) - 1)), self._schema)
         self._stream.write_batch(batch)
         shard = self._shards[-1]
         shard["num_samples"] += batch.num_rows
-        shard["num_tokens"] += num_tokens(batch)
+        lengths = lengths_of(batch)
+        shard["num_tokens"] += int(lengths.sum())
+        shard["shortest"] = min(shard["shortest"], int(lengths.min()))
+        shard["longest"] = max(shard["longest"], int(lengths.max()))
         if shard["num_tokens"] * self._token_bytes >= SHARD_BYTES:
             self._end_shard()
 

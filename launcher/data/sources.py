@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.data import remote
 from launcher.data.tokenised import SUFFIXES
 from launcher.errors import ABSENT, DataError
+from launcher.job.spec import is_url
 
 _TEXT = (
     "txt text md rst log tex html xml py pyi ipynb c h cc cpp hpp cu java js ts go rs rb sh sql yaml yml toml cfg ini"
@@ -61,7 +62,7 @@ def find_sources(option: str, patterns: str | tuple[str, ...], data_format: str 
 
 
 def _expand(option: str, pattern: str, data_format: str | None) -> list[Source]:
-    if remote.is_remote(pattern):
+    if is_url(pattern):
         return [_source(Path(url), data_format, url) for url in remote.expand(option, pattern)]
     path = Path(pattern).expanduser()
     if path.is_dir():

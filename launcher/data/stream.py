@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -36,6 +36,9 @@ class RowSource(Protocol):
 
     def block(self, ids: Ints, allocate: Allocate | None = None) -> Ints | None:
         """The tokens of samples of equal length that hold nothing else, (samples, tokens)."""
+
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> Iterator[Ints] | None:
+        """The same in pieces of `num_rows` samples."""
 
 
 class Order(Protocol):
@@ -88,21 +91,38 @@ class BatchStream:
     dealing: Dealing = "in_turns"
     allocate: Allocate | None = None
     """Makes the memory of blocks of tokens; pinned where they go to an accelerator."""
+    ahead: Callable[[int], None] | None = None
+    """Told where each step begins, before its rows are read: what comes after may be fetched."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.world_size * self.micro_batch_size) == 0, "the planner sees to it"
 
-    def micro_batches(self, position: int) -> list[Sequence[Row]]:
+    def micro_batches(self, position: int) -> Iterator[Sequence[Row]]:
         """The rows of the optimiser step that starts at global `position`; each says its `sample` and its `epoch`."""
+        yield from self._shares(position)
+
+    def _shares(self, position: int) -> Iterable[Sequence[Row]]:
+        if self.ahead:
+            self.ahead(position)
         ids = self.order.samples(position, self.global_batch_size)
         if self.dealing == "in_turns":  # `in_turns` in two slices: a step of thousands of rows costs no list of them
-            rows = self._rows(ids[self.rank :: self.world_size], self._epochs(position)[self.rank :: self.world_size])
-            return [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+            return self._in_turns(
+                ids[self.rank :: self.world_size], self._epochs(position)[self.rank :: self.world_size]
+            )
         shares = self._deal(ids)[self.rank]
         mine = np.concatenate([np.array(share, dtype=np.int64) for share in shares])
         rows = self._rows(ids[mine], self._epochs(position)[mine])
         ends = np.cumsum([len(share) for share in shares]).tolist()
         return [rows[end - len(share) : end] for share, end in zip(shares, ends, strict=True)]
+
+    def _in_turns(self, ids: Ints, epochs: Ints) -> Iterable[Sequence[Row]]:
+        size = self.micro_batch_size
+        blocks = self.split.blocks(ids, size, self.allocate)
+        if blocks is None:
+            rows = self._single(ids, epochs)
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        begins = range(0, len(ids), size)
+        return (TokenBlock(b, ids[i : i + size], epochs[i : i + size]) for i, b in zip(begins, blocks, strict=True))
 
     def _epochs(self, position: int) -> Ints:
         return self.order.epochs(position, self.global_batch_size)
@@ -117,6 +137,9 @@ class BatchStream:
         tokens = self.split.block(ids, self.allocate)
         if tokens is not None:
             return TokenBlock(tokens, ids, epochs)
+        return self._single(ids, epochs)
+
+    def _single(self, ids: Ints, epochs: Ints) -> list[Row]:
         rows = self.split.rows(ids)
         for row, epoch in zip(rows, epochs.tolist(), strict=True):
             for sample in row.get("documents", [row]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from launcher.checksum import file_digest
 from launcher.data.mapped import Allocate, PreparedSplit
 from launcher.data.mixture import MAX_PERIOD, MixtureOrder, Source, whole_weights
-from launcher.data.order import GlobalOrder, Ints
+from launcher.data.order import GlobalOrder, Ints, WindowedOrder
 from launcher.data.pack import PackedSplit, pack
 from launcher.data.prepared import PreparedData, open_folder
 from launcher.data.stream import Cursor, Dealing, Order, RowSource
@@ -34,6 +34,8 @@ class TrainingData:
     """Where training begins."""
     end: int | None = None
     """The position at which everything is used up; None where epochs go on for ever."""
+    ahead: Callable[[int], None] | None = None
+    """Fetches what the positions from this one on will need, where the data lie behind a URL."""
 
     def cursor_at(self, position: int) -> Cursor:
         return Cursor(position, self.cursor.fingerprint, self.cursor.segments)
@@ -50,8 +52,26 @@ def open_training(spec: JobSpec, data: PreparedData, saved: dict[str, Any] | Non
         return _mixed(spec, data, saved, today, dealing)
     split = _rows_of(spec, data)
     fingerprint = _fingerprint(data, split)
+    window = data.origin.window_shards if data.origin else spec.data.window_shards
+    if window is None:
+        order: Order = GlobalOrder(len(split), spec.seed)
+    else:
+        order = _windowed(split, window, spec.seed)
+        fingerprint += f"+window-{window}"
     cursor = Cursor.from_json(saved, fingerprint) if saved else Cursor(0, fingerprint)
-    return TrainingData(split, GlobalOrder(len(split), spec.seed), dealing, split.num_tokens, cursor)
+    return TrainingData(split, order, dealing, split.num_tokens, cursor, ahead=_ahead(split, order))
+
+
+def _windowed(split: PreparedSplit | PackedSplit, window: int, seed: int) -> WindowedOrder:
+    assert isinstance(split, PreparedSplit), "bins hold samples of any shard; the spec is checked"
+    return WindowedOrder(tuple(shard["num_samples"] for shard in split.entry["shards"]), window, seed)
+
+
+def _ahead(split: PreparedSplit | PackedSplit, order: Order) -> Callable[[int], None] | None:
+    store = split.store if isinstance(split, PreparedSplit) else None
+    if store is None or not isinstance(order, WindowedOrder):
+        return None
+    return lambda position: store.ahead(order.shards(position))
 
 
 def is_packed(spec: JobSpec) -> bool:
@@ -171,6 +191,15 @@ class JoinedSplit:
                 tokens = allocate(shape) if allocate else np.empty(shape, dtype=np.int64)
             tokens[mine] = part
         return tokens
+
+    def blocks(self, ids: Ints, num_rows: int, allocate: Allocate | None = None) -> Iterator[Ints] | None:
+        found = []
+        for begin in range(0, len(ids), num_rows):
+            tokens = self.block(ids[begin : begin + num_rows], allocate)
+            if tokens is None:
+                return None
+            found.append(tokens)
+        return iter(found)
 
     def _parts(self, ids: Ints) -> list[tuple[PreparedSplit | PackedSplit, Ints, Ints]]:
         """Each split that holds some of the ids: which of them, and their numbers in it."""

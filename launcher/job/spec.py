@@ -190,6 +190,14 @@ class AugmentSection(Section):
     """Share of the tokens that are hidden by the tokenizer's mask token."""
 
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` says where something lies on a network, and is no path."""
+    return bool(_URL.match(name))
+
+
 class DataSection(Section):
     train: Texts | Text
     """Files, folders or globs: text, jsonl, json, csv, tsv, parquet, arrow or conll (also .gz, .zst); URLs of such (http, s3, gs); a folder of `datasets.save_to_disk`; a data set's hub id."""
@@ -221,10 +229,18 @@ class DataSection(Section):
     """Train a SentencePiece tokenizer on the training records first."""
     packing: Literal["concat", "none", "best_fit"] = "concat"
     """`concat` (causal_lm): documents are joined, an end-of-text token between them, and cut into `seq_len` blocks, so attention crosses documents inside a block; `none`: one sample per document window, padded; `best_fit`: whole documents side by side in bins of `seq_len` tokens, attention inside each, and `global_batch_size` counts bins."""
+    stride: PositiveInt | None = None
+    """causal_lm and masked_lm, documents not joined: tokens that two windows of a long document share. The later window has them to look back on, not to learn: each token is learnt once. Left out, windows share none."""
     batching: Literal["in_turns", "by_length"] = "in_turns"
     """How a global batch is cut into micro-batches: in its order, or `by_length`, rows of like length together, as many as their padded tokens allow; the global batch is the same."""
     prepared: Text | None = None
-    """Folder of the prepared data; left out, `<output_dir>/data`."""
+    """Folder of the prepared data; left out, `<output_dir>/data`. Behind a URL (s3, gs, http) its shards are fetched ahead of their use."""
+    window_shards: PositiveInt | None = None
+    """Draw from this many shards at a time, which are random ones: for data that are read over a network. Left out, 16 for a `prepared` behind a URL, else all."""
+    cache_dir: Text | None = None
+    """Where the shards of a `prepared` behind a URL are kept, for all ranks of a node; left out, in `~/.cache/fleetune`."""
+    cache_gib: Positive | None = None
+    """Shards that are kept there at most, the longest unused go first; at least those of two windows. Left out, 32."""
     mixture: tuple[MixtureSource, ...] = ()
     """Prepared data to draw from besides this spec's own, each at its share of every stretch of the order. May be changed between two starts of a run."""
     weight: Positive = 1.0

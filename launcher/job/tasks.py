@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from launcher.errors import ABSENT, Problem, SpecError
-from launcher.job.spec import DataSection, JobSpec, Section, TaskSection
+from launcher.job.spec import DataSection, JobSpec, Section, TaskSection, is_url
 
 _TURNS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "prompt", "completion")
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -38,6 +38,7 @@ TASK_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 DATA_OPTIONS: dict[str, tuple[str, ...]] = {
     "packing": ("causal_lm", "masked_lm"),
+    "stride": ("causal_lm", "masked_lm"),
     "label_separator": ("sequence_classification",),
     "augment": ("sequence_classification", "regression"),
 }
@@ -80,6 +81,8 @@ def check_task(spec: JobSpec) -> None:
         *_idle("data", spec.data, DataSection, spec.task.name),
         *_unknown_columns(spec),
         *_idle_batching(spec),
+        *_remote(spec),
+        *_idle_stride(spec),
         *_contradictions(spec),
         *_unknown_metric(spec),
     ]
@@ -121,6 +124,43 @@ def _unknown_metric(spec: JobSpec) -> Iterator[Problem]:
     if metric is not None and metric not in known:
         rule = f"is no score of {spec.task.name}"
         yield Problem("evaluation.metric", metric, rule, f"choose one of {', '.join(known)}")
+
+
+def _remote(spec: JobSpec) -> Iterator[Problem]:
+    """Of data that lie behind a URL, and of options for such."""
+    data = spec.data
+    if not is_url(spec.prepared_dir):
+        for key in ("cache_dir", "cache_gib"):
+            if (value := getattr(data, key)) is not None:
+                rule = "has no effect: data.prepared is no URL, so its shards are read where they lie"
+                yield Problem(f"data.{key}", value, rule, "leave it out")
+    elif data.packing == "best_fit":
+        rule = "plans its bins over the lengths of all samples, which lie behind a URL"
+        yield Problem("data.packing", "best_fit", rule, "copy data.prepared to a folder, or set `none` or `concat`")
+    windowed = is_url(spec.prepared_dir) or data.window_shards is not None
+    if windowed and data.mixture:
+        rule = "draws from all shards of its sources, not from a window of them"
+        way_out = "leave out data.window_shards, and copy data.prepared to a folder if it is a URL"
+        yield Problem("data.mixture", ABSENT, rule, way_out)
+    if data.window_shards is not None and data.packing == "best_fit" and not is_url(spec.prepared_dir):
+        rule = "has no effect with packing best_fit, whose bins hold samples of any shard"
+        yield Problem("data.window_shards", data.window_shards, rule, "leave out one of the two")
+    for number, source in enumerate(data.mixture):
+        if is_url(source.prepared):
+            path = f"data.mixture[{number}].prepared"
+            yield Problem(path, source.prepared, "is a URL, which a mixture cannot draw from", "copy it to a folder")
+
+
+def _idle_stride(spec: JobSpec) -> Iterator[Problem]:
+    data = spec.data
+    if data.stride is None or not belongs("data", "stride", spec.task.name):
+        return
+    if data.packing == "concat":
+        rule = "has no effect with packing concat, which joins documents and cuts them into blocks"
+        yield Problem("data.stride", data.stride, rule, "leave it out, or set data.packing to none or best_fit")
+    elif data.stride >= spec.training.seq_len:
+        rule = f"is not less than training.seq_len ({spec.training.seq_len})"
+        yield Problem("data.stride", data.stride, rule, "give about a third of it")
 
 
 def _contradictions(spec: JobSpec) -> Iterator[Problem]:

@@ -148,7 +148,7 @@ def task_of(spec: JobSpec, facts: Facts = NO_FACTS) -> Task:
 def _causal_lm(spec: JobSpec, facts: Facts) -> Task:
     from launcher.task.causal_lm import CausalLM
 
-    return CausalLM(seq_len=spec.training.seq_len, packing=spec.data.packing)
+    return CausalLM(spec.training.seq_len, spec.data.packing, spec.data.stride or 0)
 
 
 def _chat(spec: JobSpec, facts: Facts) -> Task:
@@ -166,6 +166,7 @@ def _masked_lm(spec: JobSpec, facts: Facts) -> Task:
         seed=spec.seed,
         share=spec.task.mask_probability,
         whole_words=spec.task.whole_words,
+        stride=spec.data.stride or 0,
         mask_id=facts.mask_id,
         vocab_size=facts.vocab_size,
     )

@@ -1,6 +1,7 @@
 """Next-token prediction: documents joined and cut into blocks, or one window of a document per row.
 
-A row holds tokens only. Its first token has nothing before it and is never a target, so a row of n tokens has n - 1
+A row holds tokens only, and with a stride also which of them count: what a window shares with the one before it is
+there to look back on. A row's first token has nothing before it and is never a target, so a row of n tokens has n - 1
 targets, and a block of one token, which would have none, is not made.
 torch is imported where tensors are made: preparing data needs `rows` only.
 """
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 class CausalLM:
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
-    columns: dict[str, Kind] = {"input_ids": "tokens"}  # noqa: RUF012 - never altered
     logits_per_token = True
     sequences_per_sample = 1
 
-    def __init__(self, seq_len: int, packing: Literal["concat", "none", "best_fit"]) -> None:
+    def __init__(self, seq_len: int, packing: Literal["concat", "none", "best_fit"], stride: int = 0) -> None:
+        """stride: tokens that two windows of a document share; it needs a packing other than `concat`."""
         self.seq_len = seq_len
         self.packing = packing
+        self.stride = stride
+        self.columns: dict[str, Kind] = {"input_ids": "tokens", **({"loss_mask": "bytes"} if stride else {})}
         self.config_overrides: dict[str, Any] = {}
 
     def logits_width(self, config: Any) -> int:
@@ -36,19 +39,24 @@ class CausalLM:
 
     def rows(self, records: Iterable[Sequence[Record]], tokenizer: Any) -> Iterator[Row]:
         documents = _documents(records, tokenizer)
+        if self.stride:
+            return _shared_windows(documents, self.seq_len, self.stride)
         blocks = _packed(documents, self.seq_len) if self.packing == "concat" else _windows(documents, self.seq_len)
         return ({"input_ids": block} for block in blocks if len(block) > 1)
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> Batch:
-        from launcher.task.padding import pad_right
+        from launcher.task.padding import pad_right, padded
 
         batch = pad_right(rows, pad_id)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        counts = batch["attention_mask"]
+        if "loss_mask" in rows[0]:
+            counts = padded([row["loss_mask"] for row in rows], 0)
+        labels = batch["input_ids"].masked_fill(counts == 0, IGNORED)
         labels[:, 0] = IGNORED  # nothing predicts it; said here so that a count of labels is a count of targets
         return {**batch, "labels": labels}
 
     def dummy_rows(self, count: int) -> list[Row]:
-        return [{"input_ids": [0]} for _ in range(count)]
+        return [{"input_ids": [0], **({"loss_mask": [0]} if self.stride else {})} for _ in range(count)]
 
     def num_valid(self, batch: Batch) -> int:
         return num_next_tokens(batch)
@@ -120,3 +128,14 @@ def _windows(documents: Iterable[NDArray[np.int64]], seq_len: int) -> Iterator[N
     for document in documents:
         for start in range(0, len(document), seq_len):
             yield document[start : start + seq_len]
+
+
+def _shared_windows(documents: Iterable[NDArray[np.int64]], seq_len: int, stride: int) -> Iterator[Row]:
+    """Windows that begin `seq_len - stride` tokens apart; the last is the one that reaches the document's end."""
+    for document in documents:
+        for start in range(0, max(1, len(document) - stride), seq_len - stride):
+            window = document[start : start + seq_len]
+            mask = np.ones(len(window), dtype=np.uint8)
+            mask[: stride if start else 0] = 0
+            if mask[1:].any():
+                yield {"input_ids": window, "loss_mask": mask}

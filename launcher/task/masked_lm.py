@@ -38,6 +38,7 @@ class MaskedLM:
         seed: int = 0,
         share: float = 0.15,
         whole_words: bool = False,
+        stride: int = 0,
         mask_id: int | None = None,
         vocab_size: int = 0,
     ) -> None:
@@ -46,6 +47,7 @@ class MaskedLM:
         self.seed = seed
         self.share = share
         self.whole_words = whole_words
+        self.stride = stride
         self.mask_id = mask_id
         self.vocab_size = vocab_size
         self.config_overrides: dict[str, Any] = {}
@@ -60,15 +62,18 @@ class MaskedLM:
             raise DataError("data.tokenizer", ABSENT, "has no mask token", way_out)
         before, behind = frame_of(tokenizer)
         room = self.seq_len - len(before) - len(behind)
-        if room < 1:
-            rule = f"leaves no token between the {len(before) + len(behind)} that frame a text"
+        if room <= self.stride:
+            shared = f" and behind the {self.stride} of data.stride" if self.stride else ""
+            rule = f"leaves no token between the {len(before) + len(behind)} that frame a text{shared}"
             raise DataError("training.seq_len", self.seq_len, rule, "give more")
         texts = _texts(records, tokenizer, self.whole_words)
         if self.packing == "concat":
             texts = _joined(texts, behind, room)
         for ids, words in texts:
-            for start in range(0, len(ids), room):
+            for start in range(0, max(1, len(ids) - self.stride), room - self.stride):
                 some, kinds = ids[start : start + room], words[start : start + room]
+                if start:  # what the window before has asked for is shown here
+                    kinds[: self.stride] = [SPECIAL] * self.stride
                 if any(kinds):
                     frame = [SPECIAL] * len(before), [SPECIAL] * len(behind)
                     yield {"input_ids": [*before, *some, *behind], "words": [*frame[0], *kinds, *frame[1]]}

@@ -94,6 +94,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
         run.plan.chosen.layout.micro_batch_size,
         run.training.dealing,
         _pinned if run.device.type == "cuda" else None,
+        run.training.ahead,
     )
 
     def make(position: int) -> list[Batch]:
@@ -114,7 +115,7 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
             lr = run.schedule.rate(step - run.num_skipped)
             norm, stop = _step(run, batches, lr, step, window)
             run.stop.has_begun = True
-            nonfinite.answer(norm, step + 1, batches, lambda: stream.micro_batches(position))  # noqa: B023
+            nonfinite.answer(norm, step + 1, batches, lambda: list(stream.micro_batches(position)))  # noqa: B023
             step, position = step + 1, position + size
             report.advance(step)
             last, better = step == run.num_steps, False

@@ -148,6 +148,31 @@ CASES = [
     spec("null for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training:")),
     spec("unknown task", ("causal_lm", "masked_ml")),
     # options of another task, or of none
+    spec("a stride between joined documents", ("  train: corpus.jsonl\n", "  train: corpus.jsonl\n  stride: 8\n")),
+    spec(
+        "a stride as long as a window",
+        ("  train: corpus.jsonl\n", "  train: corpus.jsonl\n  stride: 48\n  packing: best_fit\n"),
+    ),
+    spec(
+        "room for shards that are not fetched",
+        ("  train: corpus.jsonl\n", "  train: corpus.jsonl\n  cache_dir: kept\n  cache_gib: 4\n"),
+    ),
+    spec(
+        "bins of data behind a URL",
+        ("  train: corpus.jsonl\n", "  train: corpus.jsonl\n  prepared: s3://bucket/data\n  packing: best_fit\n"),
+    ),
+    spec(
+        "a mixture of windows",
+        (
+            "  train: corpus.jsonl\n",
+            "  train: corpus.jsonl\n  window_shards: 4\n  mixture: [{prepared: 's3://bucket/data'}]\n",
+        ),
+    ),
+    spec(
+        "prepare behind a URL",
+        ("  train: corpus.jsonl\n", "  train: corpus.jsonl\n  prepared: s3://bucket/data\n"),
+        command="prepare job.yaml",
+    ),
     spec("an option of another task", ("task: causal_lm", "task: {name: causal_lm, labels: [a, b], doc_stride: 8}")),
     spec(
         "packing where there is nothing to pack",

@@ -35,6 +35,9 @@ class Numbers:
     def block(self, ids: np.ndarray, allocate: Any = None) -> None:
         """No block: the rows are not of one split."""
 
+    def blocks(self, ids: Any, num_rows: int, allocate: Any = None) -> None:
+        """Nor several of them."""
+
 
 def ids_of(rows: Sequence[Row]) -> list[int]:
     return [row["input_ids"][0] for row in rows]

@@ -120,3 +120,32 @@ def test_sums_of_ranks_add_up() -> None:
 
 def test_scores_of_nothing_are_not_numbers() -> None:
     assert all(math.isnan(score) for score in CausalLM(4, "none").metrics().result().values())
+
+
+@given(st.lists(st.text("12345678", max_size=30)), st.integers(3, 9), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_windows_that_share_tokens_learn_each_once(texts: list[str], seq_len: int, stride: int) -> None:
+    """All but a document's first token are targets once, each with at least `stride` tokens before it where there are."""
+    stride = min(stride, seq_len - 1)
+    for text in filter(None, texts):
+        rows = list(CausalLM(seq_len, "best_fit", stride).rows([[Record(text)]], Letters()))
+        ids, at = [*map(int, text), EOS], 0
+        targets = []
+        for number, row in enumerate(rows):
+            begin = at if number == 0 else at - stride
+            assert row["input_ids"].tolist() == ids[begin : begin + seq_len]
+            assert row["loss_mask"].tolist() == [
+                int(place >= at) for place in range(begin, begin + len(row["loss_mask"]))
+            ]
+            targets += range(max(at, begin + 1), begin + len(row["input_ids"]))
+            at = begin + len(row["input_ids"])
+        assert targets == list(range(1, len(ids)))
+
+
+def test_shared_tokens_are_no_targets() -> None:
+    task = CausalLM(4, "none", 2)
+    rows = list(task.rows([[Record("123456")]], Letters()))
+    assert [row["input_ids"].tolist() for row in rows] == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 9]]
+    batch = task.collate(rows, 0)
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, 4], [IGNORED, IGNORED, 5, 6], [IGNORED, IGNORED, 9, IGNORED]]
+    assert task.num_valid(task.collate(task.dummy_rows(2), 0)) == 0

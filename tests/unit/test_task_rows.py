@@ -15,7 +15,7 @@ from launcher.errors import DataError
 from launcher.task import IGNORED, Record
 from launcher.task.chat import Chat
 from launcher.task.extractive_qa import ExtractiveQA
-from launcher.task.masked_lm import BEGINS, MaskedLM
+from launcher.task.masked_lm import BEGINS, SPECIAL, MaskedLM
 from launcher.task.masking import mask_tokens
 from launcher.task.preference import Preference
 from launcher.task.sequence_classification import SequenceClassification
@@ -253,6 +253,18 @@ def test_hidden_tokens_keep_their_frame(folder: Path, packing: Any) -> None:
     assert not torch.equal(batch["labels"], other["labels"])
     held = [task.collate([row], 3)["labels"][0] for row in numbered]
     assert all(torch.equal(h, row[: len(h)]) for h, row in zip(held, batch["labels"], strict=True)), "not the batch's"
+
+
+def test_windows_that_share_tokens_hide_each_once(folder: Path) -> None:
+    """What a window has from the one before is shown and never asked for."""
+    tokenizer = opened(folder, "bert")
+    text = Record(" ".join(TEXTS[:6]))
+    whole = next(iter(MaskedLM(4096, "none", mask_id=tokenizer.mask_token_id).rows([[text]], tokenizer)))["input_ids"]
+    rows = list(MaskedLM(16, "none", stride=5, mask_id=tokenizer.mask_token_id).rows([[text]], tokenizer))
+    assert len(rows) > 2
+    assert all(row["words"][1:6] == [SPECIAL] * 5 for row in rows[1:])
+    asked = [token for row in rows for token, kind in zip(row["input_ids"], row["words"], strict=True) if kind]
+    assert asked == whole[1:-1]
 
 
 def test_whole_words_are_hidden_whole(folder: Path) -> None:
