@@ -210,8 +210,8 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, number: int, window: Wi
     )
     scale = run.world.num_ranks / max(1.0, num_targets)  # engines average over ranks
     loss = torch.zeros_like(window.loss)
-    for number, batch in enumerate(moved, start=1):
-        loss += run.engine.accumulate(batch, scale, is_last=number == len(moved)).double()
+    for place, batch in enumerate(moved, start=1):
+        loss += run.engine.accumulate(batch, scale, is_last=place == len(moved)).double()
     norm = run.engine.step(lr, number)
     if norm is None or math.isfinite(norm):  # a loss that is not finite would hide all others of the window
         window.loss += loss

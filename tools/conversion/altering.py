@@ -17,7 +17,7 @@ SHARES = re.compile(r"0?\.\d+|[1-9]\d*:[1-9]\d*")
 
 @dataclass(frozen=True)
 class Mean:
-    """The weighted mean of tensors of one shape and dtype, summed in fp64."""
+    """The weighted mean of tensors of one shape and dtype, summed in fp64 and divided once: thirds would break ties."""
 
     of: tuple[Values, ...]
     weights: tuple[float, ...]
@@ -35,7 +35,7 @@ class Mean:
         for values, weight in zip(self.of, self.weights, strict=True):
             values.read(start, one, ledger)
             total += one.double() * weight
-        into.copy_(total)
+        into.copy_(total / sum(self.weights))
 
 
 def average(states: Sequence[State], weights: Sequence[float] | None) -> State:
@@ -47,12 +47,13 @@ def average(states: Sequence[State], weights: Sequence[float] | None) -> State:
     if len(given) != len(states) or sum(given) <= 0 or min(given) < 0:
         rule = f"are not {len(states)} numbers of at least 0, of which one is more"
         raise CheckpointError("--weights", str(given), rule, "give one for SRC and one for each of --soup")
-    shares = tuple(weight / sum(given) for weight in given)
     first = states[0]
     for other in states[1:]:
         _check_same_model(first, other)
     tensors = {
-        name: Mean(tuple(state.tensors[name] for state in states), shares) if values.dtype.is_floating_point else values
+        name: Mean(tuple(state.tensors[name] for state in states), tuple(given))
+        if values.dtype.is_floating_point
+        else values
         for name, values in first.tensors.items()
     }
     return replace(first, tensors=tensors, optimizer=None)
