@@ -157,10 +157,10 @@ def save_untrained(spec: JobSpec, task: Task, data: PreparedData, folder: Path) 
     """The weights that every rank starts from, as a model folder."""
     from transformers import AutoTokenizer
 
-    from launcher.train.model import build_model
+    from launcher.train.model import whole_model
 
     with quiet_libraries():
-        build_model(spec, task, data).model.save_pretrained(folder)
+        whole_model(spec, task, data)[0].save_pretrained(folder)
     AutoTokenizer.from_pretrained(data.tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
 
 

@@ -160,7 +160,12 @@ def block_list(model: Any) -> Any:
     import torch
 
     lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
+    return max(lists, key=_num_elements, default=None)
+
+
+def _num_elements(module: Any) -> int:
+    """Of its whole parameters, also where ZeRO-3 has cut them up."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def enable_recompute(model: Any) -> None:

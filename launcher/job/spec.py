@@ -375,6 +375,8 @@ class TrainingSection(Section):
     """What a loss or gradient that is NaN or infinite does: `stop` names step, samples and layer; `skip` leaves the step's update out, counts it, and stops after 20 in a row."""
     max_grad_norm: Positive | None = 1.0
     """Global gradient norm is clipped to this; null for no clipping."""
+    loss: Literal["auto", "full", "chunked"] = "auto"
+    """causal_lm, chat, masked_lm, preference: `chunked` makes the loss some tokens at a time, so that the logits of a batch over the vocabulary are never held; `full` all at once; `auto`: in chunks wherever the model's head is known."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:

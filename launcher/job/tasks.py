@@ -64,6 +64,9 @@ LOWER_IS_BETTER = ("loss", "perplexity", "mae")
 SHAPE_ROWS = ("labels", "multi_label", "whole_words", "doc_stride", "chat_template")
 """Options of the task that decide what is in the prepared rows; the others only say how they are learnt."""
 
+PREDICT_TOKENS = ("causal_lm", "chat", "masked_lm", "preference")
+"""Tasks whose targets are tokens of the vocabulary."""
+
 WRITERS = ("causal_lm", "chat", "preference")
 """Tasks that write text from left to right: their rows end with an end-of-text token, the others' are framed by
 `[CLS]` and `[SEP]` where the tokenizer has them."""
@@ -85,6 +88,7 @@ def check_task(spec: JobSpec) -> None:
         *_idle_stride(spec),
         *_contradictions(spec),
         *_unknown_metric(spec),
+        *_idle_loss(spec),
     ]
     if problems:
         raise SpecError.several(problems)
@@ -161,6 +165,12 @@ def _idle_stride(spec: JobSpec) -> Iterator[Problem]:
     elif data.stride >= spec.training.seq_len:
         rule = f"is not less than training.seq_len ({spec.training.seq_len})"
         yield Problem("data.stride", data.stride, rule, "give about a third of it")
+
+
+def _idle_loss(spec: JobSpec) -> Iterator[Problem]:
+    if spec.training.loss == "chunked" and spec.task.name not in PREDICT_TOKENS:
+        rule = f"has no effect on {spec.task.name}, whose head does not answer over a vocabulary"
+        yield Problem("training.loss", "chunked", rule, "leave it out")
 
 
 def _contradictions(spec: JobSpec) -> Iterator[Problem]:

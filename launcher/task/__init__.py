@@ -7,7 +7,7 @@ Nothing in this file needs torch or numpy: `task_of` loads the one task that is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from launcher.job.spec import JobSpec
 
@@ -67,12 +67,26 @@ class Facts(NamedTuple):
     """The token that hides another, in a masked language model."""
 
 
+class TokenScores(NamedTuple):
+    """What is left of logits where every target is a token: (B, T) each, 0 and False where there is no target."""
+
+    nats: Tensor
+    """Cross entropy, fp32."""
+    is_right: Tensor
+    """Whether the most likely token is the target."""
+
+    def detach(self) -> TokenScores:
+        """Itself: scores are made without gradients."""
+        return self
+
+
 class Metrics(Protocol):
     """Scores gathered batch by batch. `sums` is all of its state: add those of all ranks, then ask `result`."""
 
     sums: Tensor
 
-    def update(self, logits: Tensor, batch: Batch) -> None: ...
+    def update(self, logits: Any, batch: Batch) -> None:
+        """logits: the head's; or of a `TokenTask` the `TokenScores` that were made of them."""
 
     def result(self) -> dict[str, float]: ...
 
@@ -116,6 +130,20 @@ class Task(Protocol):
 
     def metrics(self, num_samples: int = 0) -> Metrics:
         """A fresh accumulator. `num_samples`: where ranks will add their sums, the samples that they score together."""
+
+
+@runtime_checkable
+class TokenTask(Task, Protocol):
+    """A task whose targets are tokens of the vocabulary: its loss can be made of their nats, without all logits at once."""
+
+    every_token_counts_alike: bool
+    """Whether the loss is the plain sum of the nats."""
+
+    def token_targets(self, batch: Batch) -> Tensor:
+        """(B, T): the token that each position is to predict, or `IGNORED`."""
+
+    def loss_of_nats(self, nats: Tensor, batch: Batch) -> Tensor:
+        """`loss_sum`, of the cross entropies (B, T) of `token_targets`, 0 where ignored."""
 
 
 def logits_of(output: Any) -> Tensor:

@@ -24,6 +24,7 @@ class CausalLM:
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     logits_per_token = True
+    every_token_counts_alike = True
     sequences_per_sample = 1
 
     def __init__(self, seq_len: int, packing: Literal["concat", "none", "best_fit"], stride: int = 0) -> None:
@@ -64,6 +65,12 @@ class CausalLM:
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         return next_token_loss_sum(logits, batch)
 
+    def token_targets(self, batch: Batch) -> Tensor:
+        return next_tokens(batch)
+
+    def loss_of_nats(self, nats: Tensor, batch: Batch) -> Tensor:
+        return nats.sum()
+
     def metrics(self, num_samples: int = 0) -> Metrics:
         return next_token_metrics()
 
@@ -74,24 +81,24 @@ def num_next_tokens(batch: Batch) -> int:
 
 def next_token_loss_sum(logits: Tensor, batch: Batch) -> Tensor:
     """Sum of the cross entropies in nats of every token that counts, given those before it; `logits` (B, T, V)."""
-    return _cross_entropy_sum(logits, _next_tokens(batch))
+    return cross_entropy_sum(logits, next_tokens(batch))
 
 
 def next_token_metrics() -> Metrics:
     """Loss in nats per target, perplexity, and the share of the targets that were the likeliest token."""
     from launcher.task.metrics import TokenMetrics
 
-    return TokenMetrics(_next_tokens)
+    return TokenMetrics(next_tokens)
 
 
-def _next_tokens(batch: Batch) -> Tensor:
+def next_tokens(batch: Batch) -> Tensor:
     """Target of each position (B, T): the token after it. Labels move, not logits: no copy of (B, T, V)."""
     from torch.nn import functional
 
     return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
-def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     from torch.nn import functional
 
     flat = logits.reshape(-1, logits.shape[-1]).float()

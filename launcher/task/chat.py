@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
-from launcher.task.causal_lm import next_token_loss_sum, next_token_metrics, num_next_tokens
+from launcher.task.causal_lm import next_token_loss_sum, next_token_metrics, next_tokens, num_next_tokens
 from launcher.task.templates import learnt_tokens
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Chat:
     auto_class = "AutoModelForCausalLM"
     columns: dict[str, Kind] = {"input_ids": "tokens", "loss_mask": "bytes"}  # noqa: RUF012 - never altered
     logits_per_token = True
+    every_token_counts_alike = True
     sequences_per_sample = 1
 
     def __init__(self, seq_len: int) -> None:
@@ -54,6 +55,12 @@ class Chat:
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
         return next_token_loss_sum(logits, batch)
+
+    def token_targets(self, batch: Batch) -> Tensor:
+        return next_tokens(batch)
+
+    def loss_of_nats(self, nats: Tensor, batch: Batch) -> Tensor:
+        return nats.sum()
 
     def metrics(self, num_samples: int = 0) -> Metrics:
         return next_token_metrics()

@@ -13,6 +13,7 @@ import numpy as np
 
 from launcher.errors import ABSENT, DataError
 from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
+from launcher.task.causal_lm import cross_entropy_sum
 from launcher.task.encoding import frame_of
 from launcher.task.masking import mask_tokens
 
@@ -28,6 +29,7 @@ class MaskedLM:
     auto_class = "AutoModelForMaskedLM"
     columns: dict[str, Kind] = {"input_ids": "tokens", "words": "bytes"}  # noqa: RUF012 - never altered
     logits_per_token = True
+    every_token_counts_alike = True
     sequences_per_sample = 1
 
     def __init__(
@@ -112,10 +114,13 @@ class MaskedLM:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        from torch.nn import functional
+        return cross_entropy_sum(logits, batch["labels"])
 
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        return functional.cross_entropy(flat, batch["labels"].reshape(-1), ignore_index=IGNORED, reduction="sum")
+    def token_targets(self, batch: Batch) -> Tensor:
+        return batch["labels"]
+
+    def loss_of_nats(self, nats: Tensor, batch: Batch) -> Tensor:
+        return nats.sum()
 
     def metrics(self, num_samples: int = 0) -> Metrics:
         """`perplexity` is that of the hidden tokens (a pseudo-perplexity: both sides are known)."""

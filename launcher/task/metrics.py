@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from launcher.task import IGNORED, Batch
+from launcher.task import IGNORED, Batch, TokenScores
 from launcher.task.scores import Floats, Scores, Table, class_scores, matthews, mean, pearson, spearman
 
 if TYPE_CHECKING:
@@ -51,9 +51,12 @@ class Sums:
         return self.of(weights @ rows)
 
 
-def token_sums(logits: Tensor, targets: Tensor) -> Tensor:
+def token_sums(logits: Tensor | TokenScores, targets: Tensor) -> Tensor:
     """(B, 3): of each row the loss in nats, its targets, and those that are the likeliest. `targets` (B, T) are `IGNORED`
     where none counts. A row's numbers depend neither on its neighbours nor on the padding."""
+    if isinstance(logits, TokenScores):
+        found = (logits.nats, targets != IGNORED, logits.is_right)
+        return torch.stack([part.double().sum(1) for part in found], dim=1)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     losses = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
     right = logits.argmax(-1) == targets

@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row
+from launcher.task import IGNORED, Batch, Kind, Metrics, Record, Row, TokenScores
+from launcher.task.causal_lm import next_tokens
 from launcher.task.templates import learnt_tokens
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Preference:
     auto_class = "AutoModelForCausalLM"
     columns: dict[str, Kind] = {"input_ids": "tokens", "second": "int", "loss_mask": "bytes"}  # noqa: RUF012 - never altered
     logits_per_token = True
+    every_token_counts_alike = False
     sequences_per_sample = 2
 
     def __init__(self, seq_len: int, *, beta: float = 0.1) -> None:
@@ -89,27 +91,40 @@ class Preference:
 
         Nothing here looks at values: a trace has none, and on a GPU a look would wait for it.
         """
+        return self.loss_of_nats(_nats(logits, batch), batch)
+
+    def token_targets(self, batch: Batch) -> Tensor:
+        return next_tokens(batch)
+
+    def loss_of_nats(self, nats: Tensor, batch: Batch) -> Tensor:
         from torch.nn import functional
 
-        margins = self.margins(logits, batch)
-        losses = -functional.logsigmoid(margins)
+        rewards = self.rewards(nats, batch)
+        losses = -functional.logsigmoid(rewards[:, 0] - rewards[:, 1])
         return losses.masked_fill(batch["samples"] < 0, 0.0).sum()
 
-    def margins(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Reward of the chosen answer above that of the rejected one (B,)."""
-        rewards = self.beta * (self.answer_logps(logits, batch) - batch["reference"])
-        return rewards[:, 0] - rewards[:, 1]
+    def rewards(self, answers: Tensor, batch: Batch) -> Tensor:
+        """Of the chosen and of the rejected answer, (B, 2), of their nats."""
+        return self.beta * (_logps(answers) - batch["reference"])
 
-    def answer_logps(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Log-probability in nats of the chosen and of the rejected answer, (B, 2), fp32."""
-        from torch.nn import functional
-
-        targets = batch["labels"][:, 1:]
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-        nats = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
-        return -nats.reshape(targets.shape).sum(1).reshape(2, -1).T
+    def answer_logps(self, answers: Tensor | TokenScores, batch: Batch) -> Tensor:
+        """Log-probability in nats of the chosen and of the rejected answer, (B, 2), fp32; of logits, or what is left."""
+        return _logps(answers.nats if isinstance(answers, tuple) else _nats(answers, batch))
 
     def metrics(self, num_samples: int = 0) -> Metrics:
         from launcher.task.metrics import PairMetrics
 
         return PairMetrics(self)
+
+
+def _nats(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of each token that counts (2 B, T), fp32."""
+    from torch.nn import functional
+
+    flat, targets = logits.reshape(-1, logits.shape[-1]).float(), next_tokens(batch)
+    nats = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
+    return nats.reshape(targets.shape)
+
+
+def _logps(nats: Tensor) -> Tensor:
+    return -nats.sum(1).reshape(2, -1).T

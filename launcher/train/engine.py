@@ -10,14 +10,17 @@ from torch import Tensor
 
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import MODEL_INPUTS, Batch, Task
+from launcher.task import MODEL_INPUTS, Batch, Task, TokenScores
 from launcher.task.packed import DOCUMENT_IDS
+from launcher.train.chunked import StepLoss
 from launcher.train.isolation import Attention
 
 
 class Engine(Protocol):
     folder_name: str
     """Folder of a checkpoint that holds this engine's native format: `dcp` or `zero`."""
+    loss: StepLoss
+    """How the loss of a batch is made of the model."""
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """Forward and backward of `scale * sum of losses`; returns the unscaled sum, detached.
@@ -40,6 +43,9 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """Logits without dropout or gradient."""
 
+    def score(self, batch: Batch) -> Tensor | TokenScores:
+        """What metrics are made of: `evaluate`, or where the loss is made in chunks what is left of its logits."""
+
     def save(self, folder: Path, with_frozen: bool = True) -> None:
         """Write model and optimiser into `folder`, all ranks together; without frozen parameters where asked."""
 
@@ -61,7 +67,7 @@ def make_engine(plan: Plan, spec: JobSpec, model: Any, task: Task, device: Any) 
     return TorchEngine(plan, spec, model, task, device)
 
 
-_COMPUTED_IN = {
+COMPUTED_IN = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "pure_bf16": torch.bfloat16,
@@ -91,7 +97,7 @@ class ModelInputs:
     def __init__(self, plan: Plan, spec: JobSpec, model: Any) -> None:
         self._config = model.config
         self._attention = Attention.of(model) if spec.data.packing == "best_fit" else None
-        self._dtype = _COMPUTED_IN[plan.chosen.layout.precision]
+        self._dtype = COMPUTED_IN[plan.chosen.layout.precision]
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         inputs = model_inputs(batch, self._config)

@@ -210,8 +210,8 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, number: int, window: Wi
     )
     scale = run.world.num_ranks / max(1.0, num_targets)  # engines average over ranks
     loss = torch.zeros_like(window.loss)
-    for number, batch in enumerate(moved, start=1):
-        loss += run.engine.accumulate(batch, scale, is_last=number == len(moved)).double()
+    for place, batch in enumerate(moved, start=1):
+        loss += run.engine.accumulate(batch, scale, is_last=place == len(moved)).double()
     norm = run.engine.step(lr, number)
     if norm is None or math.isfinite(norm):  # a loss that is not finite would hide all others of the window
         window.loss += loss
@@ -280,7 +280,7 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
         batch = run.task.collate(held, run.data.pad_id)
         moved = {name: tensor.to(run.device) for name, tensor in batch.items()}
         run.watchdog.seen()
-        metrics.update(run.engine.evaluate(moved), moved)
+        metrics.update(run.engine.score(moved), moved)
     sums = metrics.sums.to(run.device)
     dist.all_reduce(sums)
     metrics.sums = sums.cpu()

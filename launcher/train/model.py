@@ -1,4 +1,4 @@
-"""The model of a spec, built the same on every rank: in fp32, with the task's head, dropout as its config says."""
+"""The model of a spec, in fp32, with the task's head, dropout as its config says: whole on one rank, shapes on the others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from launcher.errors import ModelError
 from launcher.job.spec import ADAPTERS, JobSpec
 from launcher.task import Task
 from launcher.train import quantised
+from launcher.train.agree import decide_on_first
+from launcher.train.handout import Held, held_by, skeleton
 from launcher.train.report import LOG
 
 
@@ -27,26 +29,51 @@ class Built(NamedTuple):
 def build_model(spec: JobSpec, task: Task, data: PreparedData) -> Built:
     """A transformers model in training mode, a `PeftModel` around it for lora; `requires_grad` as `method` says.
 
+    Whole on the source; on the other ranks its skeleton, whose values an engine is handed (`handout.py`).
     Raises `ModelError` when it does not fit the prepared data, `SpecError` when `method` does not fit it.
     """
+    if spec.method.name == "qlora":  # its weights are quantised as they are read, and more than tensors
+        model, lost = whole_model(spec, task, data)
+        return Built(model, spec.model.path is not None and not lost)
+    whole: list[Any] = []
+
+    def build() -> tuple[set[str], list[Held]]:
+        model, lost = whole_model(spec, task, data)
+        whole.append(model)
+        return lost, held_by(model)
+
+    lost, held = decide_on_first(build)
+    model = whole[0] if whole else skeleton(lambda: _unread(spec, task, data), held)
+    return Built(model, spec.method.name in ADAPTERS and spec.model.path is not None and not lost)
+
+
+def whole_model(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str]]:
+    """The model with its values, and the names of frozen parameters that were drawn, not read. Needs no other rank."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(spec.seed)
     model, drawn = _opened(spec, task, data)
     _check_vocabulary(model, data)
-    model.config.architectures = [type(model).__name__]
     heads = tuple(f"{head}." for head in new_head(model))
-    adapted = apply_method(model, spec.method).train()
     lost = {name for name in drawn if not name.startswith(heads)}  # frozen and drawn; heads are trained, and so saved
-    return Built(adapted, spec.method.name in ADAPTERS and spec.model.path is not None and not lost)
+    return _adapted(model, spec), lost
+
+
+def _adapted(model: Any, spec: JobSpec) -> Any:
+    model.config.architectures = [type(model).__name__]
+    return apply_method(model, spec.method).train()
+
+
+def _unread(spec: JobSpec, task: Task, data: PreparedData) -> Any:
+    """The same modules, without a look at the weights."""
+    return _adapted(_from_config(_config(spec, task, data), task), spec)
 
 
 def _opened(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str]]:
     """The model, and the names of the parameters that its weights did not have: drawn at random, such as a new head."""
-    config = model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
-    kind = head_class(task.auto_class)
+    config, kind = _config(spec, task, data), head_class(task.auto_class)
     if spec.model.path is None:
-        return kind.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
+        return _from_config(config, task), set()
     model, loaded = kind.from_pretrained(
         spec.model.path,
         config=config,
@@ -58,6 +85,14 @@ def _opened(spec: JobSpec, task: Task, data: PreparedData) -> tuple[Any, set[str
     quantised.settle(model)
     _say_missing(loaded["missing_keys"])
     return model, set(loaded["missing_keys"])
+
+
+def _config(spec: JobSpec, task: Task, data: PreparedData) -> Any:
+    return model_config(spec, data.vocab_size, {**task.config_overrides, **_token_ids(spec, data)})
+
+
+def _from_config(config: Any, task: Task) -> Any:
+    return head_class(task.auto_class).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _say_missing(names: Iterable[str]) -> None:

@@ -33,7 +33,8 @@ def parameter_groups(model: Any, training: TrainingSection) -> list[Group]:
 
 
 def decays(name: str, parameter: torch.Tensor, training: TrainingSection) -> bool:
-    return parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in training.no_decay)
+    num_axes = len(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, also where ZeRO-3 has cut it up
+    return num_axes >= 2 and not any(fnmatchcase(name, pattern) for pattern in training.no_decay)
 
 
 def layer_shares(model: Any, decay: float) -> dict[str, float]:

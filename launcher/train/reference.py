@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from launcher.data.order import Ints
 from launcher.data.stream import RowSource
-from launcher.task import Batch, Row
+from launcher.task import Batch, Row, TokenScores
 from launcher.task.preference import Preference
 from launcher.train.agree import decide_on_first
 
@@ -93,7 +93,7 @@ def _computed(run: Run, split: RowSource, ids: Ints) -> Scores:
     for start in range(0, len(ids), size * run.world.num_ranks):
         mine = np.arange(start + rank, min(start + size * run.world.num_ranks, len(ids)), run.world.num_ranks)
         rows = split.rows(ids[mine]) if len(mine) else task.dummy_rows(1)
-        logps = answer_logps(task, rows, run.data.pad_id, run.device, run.engine.evaluate)
+        logps = answer_logps(task, rows, run.data.pad_id, run.device, run.engine.score)
         if len(mine):
             found[mine] = logps
     whole = torch.from_numpy(found).to(run.device)
@@ -106,8 +106,8 @@ def answer_logps(
     rows: Sequence[Row],
     pad_id: int,
     device: torch.device,
-    logits_of_batch: Callable[[Batch], torch.Tensor],
+    answers_of: Callable[[Batch], torch.Tensor | TokenScores],
 ) -> Scores:
     """Log-probabilities of both answers of each row, by a model that is not trained."""
     batch = {name: tensor.to(device) for name, tensor in task.collate(rows, pad_id).items()}
-    return np.asarray(task.answer_logps(logits_of_batch(batch), batch).double().cpu().numpy())
+    return np.asarray(task.answer_logps(answers_of(batch), batch).double().cpu().numpy())

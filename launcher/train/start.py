@@ -119,6 +119,8 @@ def set_up(
     if spec.training.neftune_noise_alpha is not None:
         add_noise(model, spec.training.neftune_noise_alpha)
     engine = make_engine(plan, spec, model, task, device)
+    if note := engine.loss.settle(engine.evaluate, device):
+        LOG.warning(note)
     torch.manual_seed(spec.seed + 1 + world.rank)  # dropout: another stream on every rank
     watchdog = Watchdog(Path(spec.output_dir) / "logs" / f"stacks-{world.rank:05d}.txt", spec.tracking.hang_seconds)
     return Run(

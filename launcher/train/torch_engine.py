@@ -19,8 +19,10 @@ from launcher.cost.architecture import blocks_of
 from launcher.emit.fsdp import STRATEGIES, fsdp_settings
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task, logits_of
+from launcher.task import Batch, Task, TokenScores, logits_of
+from launcher.train.chunked import StepLoss
 from launcher.train.engine import ModelInputs
+from launcher.train.handout import HandOut
 from launcher.train.update import Update
 
 
@@ -28,8 +30,8 @@ class TorchEngine:
     folder_name = "dcp"
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
-        self._task = task
         self._inputs = ModelInputs(plan, spec, model)
+        self.loss = StepLoss(plan, spec, model, task)
         self._device = device
         layout = plan.chosen.layout
         sharded = layout.strategy in STRATEGIES
@@ -37,25 +39,26 @@ class TorchEngine:
         if layout.precision == "pure_bf16":
             model.to(torch.bfloat16)  # before the optimiser: its moments take the parameters' type
         if sharded:
-            self._model = _shard(model, plan, device)  # moves it block by block: no rank ever holds all of it
+            self._model = _shard(model, plan, device)
         elif plan.num_ranks > 1:
-            self._model = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
+            whole = HandOut(model, device).whole()
+            self._model = DistributedDataParallel(whole, gradient_as_bucket_view=True, init_sync=False)
         else:
-            self._model = model.to(device)
+            self._model = HandOut(model, device).whole()
         self._frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         # what is not yet unfrozen has no moments in a checkpoint; everything else must be there
         self._planner = DefaultLoadPlanner(allow_partial_load=spec.method.unfreeze_every_steps is not None)
         self._update = Update(model, spec, device)  # by the names of the model itself, not of what wraps it
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _called(self, batch: Batch) -> Any:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast_bf16):
-            return logits_of(self._model(**self._inputs(batch)))
+            return self._model(**self._inputs(batch))
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DDP reduces with the last micro-batch only; FSDP with each, which is what keeps its gradients sharded."""
         is_ddp = isinstance(self._model, DistributedDataParallel)
         with contextlib.nullcontext() if is_last or not is_ddp else self._model.no_sync():
-            loss_sum = self._task.loss_sum(self._logits(batch), batch)
+            loss_sum = self.loss.of(lambda: self._called(batch), batch)
             (loss_sum * scale).backward()
         return loss_sum.detach()
 
@@ -73,9 +76,16 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         self._model.eval()
-        logits = self._logits(batch)
+        logits = logits_of(self._called(batch))
         self._model.train()
         return logits
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor | TokenScores:
+        self._model.eval()
+        scores = self.loss.scores(lambda: self._called(batch), batch)
+        self._model.train()
+        return scores
 
     def save(self, folder: Path, with_frozen: bool = True) -> None:
         dcp.save(self._state(with_frozen), checkpoint_id=str(folder / self.folder_name))
@@ -126,7 +136,7 @@ def _shard(model: Any, plan: Plan, device: torch.device) -> Any:
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     offload: OffloadPolicy = pinned if settings["cpu_offload"] else OffloadPolicy()
-    reshard = settings["reshard_after_forward"]
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for part in HandOut(model, device).parts(blocks_of(model)):
+        kept = {} if part is model else {"reshard_after_forward": settings["reshard_after_forward"]}
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload, **kept)
+    return model

@@ -10,14 +10,18 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor
 
+from launcher.cost.architecture import blocks_of
 from launcher.emit.deepspeed_json import STAGES, deepspeed_config, load_preset
 from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
-from launcher.task import Batch, Task, logits_of
-from launcher.train.engine import ModelInputs
+from launcher.task import Batch, Task, TokenScores, logits_of
+from launcher.train.chunked import StepLoss
+from launcher.train.engine import COMPUTED_IN, ModelInputs
+from launcher.train.handout import HandOut
 from launcher.train.host_optim import check_nvme, host_adamw
 from launcher.train.optim import make_optimizer, parameter_groups, take_shares
 
@@ -29,8 +33,8 @@ class ZeroEngine:
     first_nonfinite = None  # DeepSpeed has dropped the gradients when it says that they overflowed
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
-        self._task = task
         self._inputs = ModelInputs(plan, spec, model)
+        self.loss = StepLoss(plan, spec, model, task)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that torch 2.13 deprecates, in every step: not this run's business
         warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
@@ -40,19 +44,20 @@ class ZeroEngine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         layout = plan.chosen.layout
         check_nvme(layout)
-        groups, on_host = parameter_groups(model, spec.training), layout.offload_optimizer != "none"
-        self._shares = take_shares(groups)
+        config = deepspeed_config(plan, spec, load_preset(spec, layout))
+        grouped, on_host = placed(model, plan, spec, device, config), layout.offload_optimizer != "none"
+        self._shares = take_shares(grouped)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(device) if STAGES[layout.strategy] < 3 else model,
-            optimizer=host_adamw(groups, spec.training) if on_host else make_optimizer(groups, spec.training, device),
-            config=deepspeed_config(plan, spec, load_preset(spec, layout)),
+            model=model,
+            optimizer=host_adamw(grouped, spec.training) if on_host else make_optimizer(grouped, spec.training, device),
+            config=config,
             dist_init_required=False,
         )
         self._scales_loss = layout.precision == "fp16"
 
     def accumulate(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """DeepSpeed counts the micro-batches itself, as its configuration tells it; the scale is already the step's."""
-        loss_sum = self._task.loss_sum(logits_of(self._engine(**self._inputs(batch))), batch)
+        loss_sum = self.loss.of(lambda: self._engine(**self._inputs(batch)), batch)
         self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if not is_last:
             self._engine.step()  # moves its counter; it updates at the boundary only
@@ -78,6 +83,13 @@ class ZeroEngine:
         self._engine.train()
         return logits
 
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor | TokenScores:
+        self._engine.eval()
+        scores = self.loss.scores(lambda: self._engine(**self._inputs(batch)), batch)
+        self._engine.train()
+        return scores
+
     def save(self, folder: Path, with_frozen: bool = True) -> None:
         path = str(folder / self.folder_name)
         self._engine.save_checkpoint(path, tag=TAG, exclude_frozen_parameters=not with_frozen)
@@ -90,3 +102,23 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def placed(model: Any, plan: Plan, spec: JobSpec, device: torch.device, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hand the model out, for stage 3 in pieces; returns its parameter groups, told by shapes that pieces do not have.
+
+    Left to itself DeepSpeed would move the whole model to the device before it cuts it.
+    """
+    layout = plan.chosen.layout
+    if STAGES[layout.strategy] < 3:
+        return parameter_groups(HandOut(model, device).whole(), spec.training)
+    deepspeed.init_distributed(dist_init_required=False)  # the group that is there: without, it counts one rank
+    convert: Any = None
+    for part in HandOut(model, device, COMPUTED_IN[layout.precision]).parts(blocks_of(model)):
+        if convert is None:
+            made = groups._get_zero_param_intra_parallel_group()  # hpz: for the whole process, and only once
+            deepspeed.zero.Init(module=part, config_dict_or_path=config, zero_param_parallel_group=made)
+            convert = getattr(next(part.parameters()), "convert_to_zero_parameters")  # noqa: B009
+        else:
+            convert(param_list=part.parameters())
+    return parameter_groups(model, spec.training)

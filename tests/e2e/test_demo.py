@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from launcher.errors import FleetuneError, UserError
 from launcher.task import task_of
-from launcher.train.model import build_model
+from launcher.train.model import whole_model
 from tools.corpus import write_corpus
 from tools.demo import BERT, GPT, clear, learn
 from tools.demo_report import Learnt, Lesson, check_promises, majority_f1
@@ -60,7 +60,7 @@ def test_the_model_folder_holds_what_was_trained(
     kind = getattr(transformers, task.auto_class)
     opened, info = kind.from_pretrained(learnt.model_dir, output_loading_info=True)
     assert not any(info.values()), info
-    trained = build_model(learnt.spec, task, learnt.data).model.eval()
+    trained = whole_model(learnt.spec, task, learnt.data)[0].eval()
     trained.load_state_dict(trained_state(learnt, tmp_path))
     batch = task.collate(learnt.data.split("validation").rows(np.arange(4)), learnt.data.pad_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -193,6 +193,11 @@ CASES = [
         ("task: causal_lm", "task: {name: sequence_classification, multi_label: true, label_smoothing: 0.1}"),
     ),
     spec(
+        "a loss in chunks without a vocabulary",
+        ("task: causal_lm", "task: sequence_classification"),
+        ("max_steps: 20", "max_steps: 20, loss: chunked"),
+    ),
+    spec(
         "a threshold without what it is for",
         ("task: causal_lm", "task: {name: extractive_qa, null_threshold: 1, doc_stride: 48}"),
     ),

@@ -219,13 +219,14 @@ def test_a_node_holds_what_its_ranks_offload_or_the_models_they_load() -> None:
     cost = small_cost(num_params=10**9, num_trainable_params=10**9)
     layout = layout_of("fsdp", 4, 1, 10, "none", "fp32")
     loading = items_of(host_memory(cost, cluster_of(1), layout))
-    assert loading == {"processes": 4 * PROCESS_BYTES, "loading": 4 * 4 * 10**9}
+    assert loading == {"processes": 4 * PROCESS_BYTES, "loading": 4 * 10**9}
     offloading = dataclasses.replace(layout, nodes=1, offload_params="cpu", offload_optimizer="cpu")
     held = items_of(host_memory(cost, cluster_of(1), offloading))
-    assert held == {"processes": 4 * PROCESS_BYTES, "loading": 4 * 4 * 10**9}
+    state = {"parameters": 4 * 10**9, "optimiser": 8 * 10**9, "gradients": 4 * 10**9}
+    assert held == {"processes": 4 * PROCESS_BYTES, **state}
     held = items_of(host_memory(cost, cluster_of(1), dataclasses.replace(offloading, ranks_per_node=1)))
-    assert held == {"processes": PROCESS_BYTES, "parameters": 4 * 10**9, "optimiser": 8 * 10**9, "gradients": 4 * 10**9}
-    assert items_of(host_memory(cost, cluster_of(1, kind="cpu"), layout)) == {"loading": 4 * 4 * 10**9}
+    assert held == {"processes": PROCESS_BYTES, **state}
+    assert items_of(host_memory(cost, cluster_of(1, kind="cpu"), layout)) == {"loading": 4 * 10**9}
 
 
 def test_checkpoints_on_disk_are_model_and_optimiser_as_often_as_they_are_kept() -> None:

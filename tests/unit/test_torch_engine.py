@@ -30,7 +30,8 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 def test_pure_bf16_follows_a_plain_loop_in_bf16() -> None:
     """Three steps of one rank: weights bit for bit those of a plain loop over a model in bf16."""
-    spec = spec_of(cluster={"gpus_per_node": 1}, parallel={"strategy": "ddp", "micro_batch_size": 2})
+    one = {"gpus_per_node": 1}
+    spec = spec_of(cluster=one, parallel={"strategy": "ddp", "micro_batch_size": 2}, training__loss="full")
     plan = laid_out(make_plan(spec, small_cost(), cluster_of(10**9)), precision="pure_bf16")
     task, ours, plain = task_of(spec), model(), model().to(torch.bfloat16)
     engine = TorchEngine(plan, spec, ours, task, torch.device("cpu"))
@@ -66,6 +67,7 @@ def unfreezing(every: int) -> tuple[TorchEngine, Any]:
         parallel={"strategy": "ddp", "micro_batch_size": 2},
         method={"unfreeze_every_steps": every},
         training__weight_decay=0.1,
+        training__loss="full",  # as the plain loop makes it, bit for bit
     )
     plan = laid_out(make_plan(spec, small_cost(), cluster_of(10**9)), precision="fp32")
     ours = model()

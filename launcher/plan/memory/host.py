@@ -27,12 +27,7 @@ def host_memory(cost: ModelCost, cluster: Cluster, layout: Layout) -> Memory:
     """
     ranks = layout.ranks_per_node
     process = Item("processes", ranks * PROCESS_BYTES, f"{ranks} x 3 GiB, a working value", "assumed", "assumed")
-    loading = Item(
-        "loading",
-        ranks * FP32 * cost.num_params,
-        f"{ranks} x 4 P: every rank builds the model",
-        "launcher/train/model.py build_model",
-    )
+    loading = Item("loading", FP32 * cost.num_params, "4 P: one rank has them all", "launcher/train/handout.py")
     training = [] if cluster.gpu.kind == "cpu" else [_times(ranks, item) for item in offloaded(cost, layout)]
     held = max([loading], training, key=lambda items: sum(item.num_bytes for item in items))
     base = [] if cluster.gpu.kind == "cpu" else [process]
