@@ -140,6 +140,7 @@ READS_ENVIRONMENT = {
     "launcher/command/launch_hosts.py": "what of it goes to ranks elsewhere",
     "launcher/run.py": "hands it to World.detect, which takes any mapping; a rank that failed early asks for RANK",
     "tools/evaluate.py": "hands it to World.detect, which takes any mapping",
+    "tools/bench/train.py": "FLEETUNE_TEST_DATA, where real models and sets lie",
     "tools/bench/_load_rank.py": "a rank of a benchmark: hands it to World.detect",
     "launcher/cost/measure.py": "a process of its own: keeps transformers from writing into its answer",
 }

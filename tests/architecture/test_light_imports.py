@@ -65,5 +65,13 @@ def test_the_plan_of_a_measured_model_loads_nothing_heavy(tmp_path: Path, monkey
     assert (tmp_path / "files" / "deepspeed.json").is_file()
 
 
+def test_a_rank_of_torch_loads_no_other_engine_and_no_adapters() -> None:
+    """Seconds of every start: DeepSpeed is for its own strategies, peft for adapters, accelerate for nobody."""
+    body = "import sys, launcher.run, launcher.train.loop, launcher.train.torch_engine\n"
+    body += "print([name for name in ('deepspeed', 'peft', 'accelerate') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_the_check_sees_what_is_heavy() -> None:
     assert heavy_after("import numpy") == "['numpy']"

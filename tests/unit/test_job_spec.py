@@ -93,6 +93,7 @@ def test_what_is_left_out_has_these_values() -> None:
             "neftune_noise_alpha": None,
             "ema_decay": None,
             "on_nonfinite": "stop",
+            "loss": "auto",
             "max_grad_norm": 1.0,
         },
         "parallel": {
