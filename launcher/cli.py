@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from launcher.command import cost, data, doctor, find, launch, plan, spec, status, tools, tune
+from launcher.command import cost, data, doctor, find, launch, plan, save, spec, status, tools, tune
 from launcher.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, FleetuneError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command()(launch.launch)
 app.command("lr-find")(find.lr_find)
 app.command()(tune.sweep)
 app.command()(status.status)
+app.command()(save.save)
 app.command(context_settings=FORWARDED, add_help_option=False)(tools.convert)
 app.command(context_settings=FORWARDED, add_help_option=False)(tools.inspect)
 app.command("eval", context_settings=FORWARDED, add_help_option=False)(tools.evaluate)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from launcher.errors import ABSENT, CheckpointError
 from launcher.stored.tensors import TensorEntry
 from launcher.train.base import ADAPTER, check_base_files
-from tools.formats.state import State
-from tools.formats.values import whole
+from launcher.stored.state import State
+from launcher.stored.values import whole
 
 OPENERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",

@@ -11,9 +11,9 @@ from launcher.errors import ABSENT, CheckpointError
 from launcher.train.manifest import read_saved
 from tools.formats.files import Part, read_as
 from tools.formats.locate import Checkpoint, steps_of
-from tools.formats.read_dcp import read_dcp
-from tools.formats.state import State
-from tools.formats.values import Ledger, Values
+from launcher.stored.read_dcp import read_dcp
+from launcher.stored.state import State
+from launcher.stored.values import Ledger, Values
 
 
 @dataclass(frozen=True)

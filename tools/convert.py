@@ -43,8 +43,8 @@ from tools.conversion.verify import verify_result
 from tools.formats.files import Planned
 from tools.formats.hf import copy_side_files, fsync_folder
 from tools.formats.locate import has_adapter, locate
-from tools.formats.state import State
-from tools.formats.values import Ledger, Values
+from launcher.stored.state import State
+from launcher.stored.values import Ledger, Values
 
 STRATEGIES = {"zero1": 1, "zero2": 2, "zero3": 3}
 

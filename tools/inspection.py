@@ -22,8 +22,8 @@ from launcher.errors import EXIT_DONE, UserError
 from launcher.units import show_bytes, show_count
 from tools.conversion.opening import Opened, locate_source
 from tools.conversion.verify import stretches
-from tools.formats.state import STEP, State
-from tools.formats.values import Ledger, Stored, Values, num_bytes, numel
+from launcher.stored.state import STEP, State
+from launcher.stored.values import Ledger, Stored, Values, num_bytes, numel
 
 
 def describe(opened: Opened) -> dict[str, Any]:

@@ -27,6 +27,7 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 ScheduleName = Literal[
     "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "wsd", "inverse_sqrt", "lr_range"
 ]
+Resume = Literal["auto", "never", "weights_only"]
 TaskName = Literal[
     "causal_lm",
     "chat",
@@ -439,10 +440,24 @@ class LaunchSection(ShorthandSection):
 class CheckpointSection(Section):
     every_steps: PositiveInt | None = None
     """Save after this many optimiser steps; the last step is always saved."""
+    every_minutes: Positive | None = None
+    """Save when this long has passed since the last save."""
+    stop_after_minutes: Positive | None = None
+    """Save and leave with exit code 75 this long after the start, where no batch system sends a signal before its time limit."""
+    asynchronous: Bool = True
+    """Copy the state to host memory, where it fits, and write it behind the next steps; false makes training wait for the disk."""
     keep_last: PositiveInt = 2
-    """Complete checkpoints kept."""
-    resume: Bool = True
-    """Go on from the newest complete checkpoint in `<output_dir>/checkpoints`, if there is one."""
+    """Newest complete checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Kept for good: those whose step is a multiple of this."""
+    keep_best: Annotated[Int, Field(ge=0)] = 0
+    """Kept besides: this many with the best scores of the metric that chooses the best model."""
+    copy_to: Text | None = None
+    """Folder or URL (s3://, gs://, ..., through fsspec) to which each complete checkpoint is copied; nothing is deleted there."""
+    resume: Resume = "auto"
+    """Where `<output_dir>/checkpoints` holds complete checkpoints: `auto` goes on from the newest, whatever engine and number of ranks saved it; `weights_only` does so once with a fresh optimiser; `never` refuses to start."""
+    fresh_data: Bool = False
+    """Go on from a checkpoint, once, at the beginning of the data."""
 
 
 class EvaluationSection(Section):

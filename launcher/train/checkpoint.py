@@ -5,8 +5,10 @@
         hf/                  config and tokenizer, so that the folder can be converted alone
         rng/rank-00000.safetensors
         manifest.json        step, cursor, plan, sizes and checksums of all files above
+    <output_dir>/checkpoints/latest     the name of the newest
 
 Written as `step-00000020.tmp` and renamed: a killed save leaves a folder that no reader takes for a checkpoint.
+`saver.py` says when which part runs; this file knows what is where.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,84 +25,81 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from launcher.checksum import file_digest
 from launcher.errors import ABSENT, CheckpointError
+from launcher.job.spec import CheckpointSection
 from launcher.train.agree import decide_on_first
-from launcher.train.engine import Engine
+from launcher.train.keep import kept, remove
 from launcher.train.manifest import MANIFEST, Manifest, Saved, read_saved
 
+LATEST = "latest"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
-def save_checkpoint(
-    root: Path, engine: Engine, manifest: Manifest, hf_files: Path, keep_last: int, best_step: int | None = None
-) -> Path:
-    """All ranks together; returns the folder once it is complete. `manifest.files` is filled in here.
-
-    best_step: a step whose checkpoint is kept beside the last ones.
-    """
-    final = root / f"step-{manifest.step:08d}"
-    partial = final.with_suffix(".tmp")
-    decide_on_first(lambda: _fresh_folder(partial))
-    engine.save(partial, with_frozen=manifest.base is None)
-    _save_rng(partial)
-    decide_on_first(lambda: _copy_hf(hf_files, partial))
-    files = _checksums(partial)
-    decide_on_first(lambda: _seal(partial, final, manifest, files))
-    decide_on_first(lambda: _prune(root, keep_last, best_step))
-    return final
+def folders_of(root: Path, step: int) -> tuple[Path, Path]:
+    """(where a step's checkpoint is written, what it is renamed to)."""
+    final = root / f"step-{step:08d}"
+    return final.with_suffix(".tmp"), final
 
 
-def _fresh_folder(folder: Path) -> None:
+def fresh_folder(folder: Path) -> None:
     if folder.exists():  # left by a save that was killed
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
-def _copy_hf(hf_files: Path, partial: Path) -> None:
-    shutil.copytree(hf_files, partial / "hf")
-
-
-def _save_rng(partial: Path) -> None:
+def random_state() -> bytes:
+    """This rank's generators, as a safetensors file."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return save(state)
+
+
+def write_random_state(partial: Path, rank: int, state: bytes) -> None:
     folder = partial / "rng"
     folder.mkdir(exist_ok=True)
-    save_file(state, folder / f"rank-{dist.get_rank():05d}.safetensors")
+    (folder / f"rank-{rank:05d}.safetensors").write_bytes(state)
 
 
-def _checksums(partial: Path) -> dict[str, dict[str, Any]]:
-    """Every rank hashes and syncs its share of the files; rank 0 gets them all."""
-    dist.barrier()  # every rank has written
+def digest_and_sync(partial: Path, share: slice) -> dict[str, dict[str, Any]]:
+    """Size and checksum of this rank's share of the files, which are on disk when this returns."""
     names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    mine = {name: _digest_and_sync(partial / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return dict(sorted((name, entry) for share in shares for name, entry in share.items()))
+    entries = {}
+    for name in names[share]:
+        path = partial / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries[name] = {"size": path.stat().st_size, "blake2b": file_digest(path)}
+    return entries
 
 
-def _digest_and_sync(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "blake2b": file_digest(path)}
+def seal(partial: Path, final: Path, manifest: Manifest, files: dict[str, dict[str, Any]]) -> None:
+    """Manifest, rename, `latest`: each on disk before the next begins."""
+    write_synced(partial / MANIFEST, json.dumps({**asdict(manifest), "files": files}, indent=1))
+    for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        sync_folder(folder)
+    replaced = final.with_suffix(".old")
+    if final.exists():  # saved before and trained again from an earlier one: the newer replaces it
+        final.rename(replaced)
+    partial.rename(final)
+    sync_folder(final.parent)
+    write_synced(final.parent / f"{LATEST}.tmp", final.name)
+    (final.parent / f"{LATEST}.tmp").rename(final.parent / LATEST)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
-def _seal(partial: Path, final: Path, manifest: Manifest, files: dict[str, dict[str, Any]]) -> None:
-    """Manifest, rename, both on disk before this returns."""
-    with (partial / MANIFEST).open("w") as file:
-        json.dump({**asdict(manifest), "files": files}, file, indent=1)
+def write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():  # saved before and trained again from an earlier one: the newer replaces it
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync_folder(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,11 +107,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(root: Path, keep_last: int, best_step: int | None = None) -> None:
-    for folder in _step_folders(root)[keep_last:]:
-        if folder.name != f"step-{best_step or 0:08d}" and (folder / MANIFEST).is_file():
-            (folder / MANIFEST).unlink()  # first no checkpoint any more, then gone
-            shutil.rmtree(folder)
+def prune(
+    root: Path, rule: CheckpointSection, best_step: int | None = None, greater_is_better: bool = True
+) -> None:
+    """Deletes what the rule does not keep, but for `best_step`; one that is being read stays until the next save."""
+    complete = {_step_of(folder): folder for folder in _step_folders(root) if (folder / MANIFEST).is_file()}
+    scores = {step: _score(folder) for step, folder in complete.items()}
+    for step in sorted(complete.keys() - kept(scores, rule, greater_is_better) - {best_step}):
+        remove(complete[step])
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        return read_saved(folder).manifest.score
+    except CheckpointError:  # damaged: nothing to prefer it for
+        return None
 
 
 def _step_folders(root: Path) -> list[Path]:
@@ -120,46 +130,72 @@ def _step_folders(root: Path) -> list[Path]:
     return sorted(folders, reverse=True)
 
 
-def newest_complete(root: Path, warn: Any) -> Saved | None:
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def restore_interrupted(root: Path) -> None:
+    """A kill between the two renames of a replacement leaves the replaced checkpoint under another name."""
+    for old in root.glob("step-*.old"):
+        final = old.with_suffix("")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+
+
+def newest_complete(root: Path, warn: Callable[[str], Any]) -> Saved | None:
     """The newest checkpoint whose files are all there, None when there is none at all.
 
     One that is incomplete is passed over with a warning; `CheckpointError` when nothing else is left, since starting
     afresh would in time overwrite it.
     """
     broken: CheckpointError | None = None
-    for folder in _step_folders(root):
-        try:
-            return read_saved(folder)
-        except CheckpointError as error:
-            warn(f"{error}")
-            broken = broken or error
+    for found in _opened(root):
+        if isinstance(found, Saved):
+            return found
+        warn(f"{found}")
+        broken = broken or found
     if broken is not None:
         raise broken
     return None
 
 
-def verify_checksums(saved: Saved) -> None:
-    """Every rank reads its share of the files; all raise `CheckpointError` when any byte was altered."""
+def newest_unaltered(root: Path, warn: Callable[[str], Any]) -> Saved | None:
+    """`newest_complete`, and its bytes are those that were saved: each rank reads its share. All ranks together."""
+    found = decide_on_first(lambda: list(_opened(root)))
+    broken: CheckpointError | None = None
+    for saved in found:
+        error = saved if isinstance(saved, CheckpointError) else _altered(saved)
+        if error is None:
+            assert isinstance(saved, Saved)
+            return saved
+        warn(f"{error}")
+        broken = broken or error
+    if broken is not None:
+        raise broken
+    return None
+
+
+def _opened(root: Path) -> Iterator[Saved | CheckpointError]:
+    for folder in _step_folders(root):
+        try:
+            yield read_saved(folder)
+        except CheckpointError as error:
+            yield error
+
+
+def _altered(saved: Saved) -> CheckpointError | None:
+    """The same answer on every rank."""
     names = sorted(saved.manifest.files)[dist.get_rank() :: dist.get_world_size()]
     mine = [name for name in names if saved.is_altered(name)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    for name in sorted(name for share in found for name in share):
-        raise CheckpointError(
-            str(saved.folder / name), ABSENT, "was altered: its checksum differs", "delete this checkpoint folder"
-        )
-
-
-def check_same_layout(saved: Saved, strategy: str, engine: str, num_ranks: int) -> None:
-    """torch DCP reshards; DeepSpeed's folders are read by the stage and the number of ranks that wrote them."""
-    manifest = saved.manifest
-    same = manifest.engine == engine and (
-        engine == "torch" or (manifest.strategy == strategy and manifest.num_ranks == num_ranks)
-    )
-    if not same:
-        was, now = f"{manifest.strategy} on {manifest.num_ranks} ranks", f"{strategy} on {num_ranks} ranks"
-        way_out = f"resume with {was}, or convert it (python -m tools.convert) and start from the weights"
-        raise CheckpointError(str(saved.folder), ABSENT, f"was saved by {was} and cannot be resumed by {now}", way_out)
+    altered = sorted(name for share in found for name in share)
+    if not altered:
+        return None
+    rule, way_out = "was altered: its checksum differs", "delete this checkpoint folder"
+    return CheckpointError(str(saved.folder / altered[0]), ABSENT, rule, way_out)
 
 
 def load_rng(saved: Saved) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
+from launcher.stored.state import State
 from launcher.task import MODEL_INPUTS, Batch, Task
 from launcher.task.packed import DOCUMENT_IDS
 from launcher.train.isolation import Attention
@@ -40,11 +42,34 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """Logits without dropout or gradient."""
 
+    @property
+    def can_copy(self) -> bool:
+        """Whether all state lies in memory, so that a save can be written from a copy of it."""
+
+    def staged(self, folder: Path, with_frozen: bool, copy: bool) -> Callable[[Any], None]:
+        """What writes model and optimiser, as they are now, into `folder`: all ranks call it, with a process group.
+
+        copy: the state is copied to host memory first, so that the call may come while training goes on; otherwise it
+        must come at once. Without frozen parameters where asked.
+        """
+
     def save(self, folder: Path, with_frozen: bool = True) -> None:
-        """Write model and optimiser into `folder`, all ranks together; without frozen parameters where asked."""
+        """`staged`, without a copy, and written."""
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each parameter that is updated, by name, whole."""
+
+    def has_plain_optimizer(self) -> bool:
+        """Whether every other engine could read the optimiser's state."""
 
     def load(self, folder: Path, with_frozen: bool = True) -> None:
         """Read what `save` wrote, all ranks together."""
+
+    def adopt(self, state: State, step: int, with_frozen: bool = True, with_optimizer: bool = True) -> None:
+        """Take over what any engine saved on any number of ranks, by name, all ranks together; `step` is the run's.
+
+        Raises `CheckpointError` where something does not fit.
+        """
 
     def close(self) -> None:
         """Give back what the engine holds beside memory."""

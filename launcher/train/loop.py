@@ -23,15 +23,13 @@ from launcher.data.stream import BatchStream, Prefetcher, eval_batches
 from launcher.data.training import is_packed
 from launcher.errors import Preempted
 from launcher.job.spec import JobSpec
+from launcher.job.tasks import LOWER_IS_BETTER
 from launcher.plan.values import Plan
 from launcher.task import Batch, Row
 from launcher.task.packed import collate_packed
 from launcher.train.agree import decide_on_first
 from launcher.train.best import Best
-from launcher.train.checkpoint import (
-    library_versions,
-    save_checkpoint,
-)
+from launcher.train.checkpoint import library_versions
 from launcher.train.health import Nonfinite, Spikes
 from launcher.train.leak_check import check_isolation
 from launcher.train.manifest import VERSION, Manifest
@@ -39,6 +37,7 @@ from launcher.train.peak import device_peaks, host_peak
 from launcher.train.preempt import StopFlag
 from launcher.train.reference import reference_of
 from launcher.train.report import LOG, METRICS, Reporter
+from launcher.train.saver import Saver
 from launcher.train.start import Position, Run, opened_training, opening, restore, resume_point, set_up
 from launcher.train.trackers import open_trackers
 from launcher.train.world import World
@@ -62,7 +61,7 @@ class Window:
 
 def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: StopFlag) -> dict[str, float]:
     """Train to the end and return the last held-out scores. Raises `Preempted` after saving when told to stop."""
-    saved = decide_on_first(lambda: resume_point(spec, plan))
+    saved = resume_point(spec)
     data = decide_on_first(lambda: open_prepared(spec))
     decide_on_first(lambda: opened_training(spec, data, saved).end)  # plans the bins, before all ranks look for them
     run = set_up(spec, plan, world, device, data, opened_training(spec, data, saved), stop)
@@ -72,18 +71,22 @@ def train(spec: JobSpec, plan: Plan, world: World, device: torch.device, stop: S
     if is_packed(spec):
         precision = run.plan.chosen.layout.precision
         check_isolation(run.engine, run.model, device, precision, data, spec.training.seq_len)
+    greater = spec.evaluation.metric not in LOWER_IS_BETTER
+    saver = Saver(run.checkpoints, run.hf_files, run.engine, spec.checkpoint, greater)
     trackers = open_trackers(spec, start.step) if world.is_first else []
     with run.watchdog, Reporter(Path(spec.output_dir), world.is_first, start.step, run.num_steps, trackers) as report:
         LOG.info(opening(run, saved))
         report.say(opening(run, saved))
         try:
             _score_what_is_owed(run, report, start.step)
-            return _steps(run, start, report)
+            scores = _steps(run, start, report, saver)
+            saver.wait()
+            return scores
         finally:
             run.engine.close()
 
 
-def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
+def _steps(run: Run, start: Position, report: Reporter, saver: Saver) -> dict[str, float]:
     spec, size = run.spec, run.spec.training.global_batch_size
     stream = BatchStream(
         run.training.split,
@@ -112,24 +115,26 @@ def _steps(run: Run, start: Position, report: Reporter) -> dict[str, float]:
             window.data_wait_seconds += time.perf_counter() - waiting_since
             run.watchdog.seen()
             lr = run.schedule.rate(step - run.num_skipped)
-            norm, stop = _step(run, batches, lr, step, window)
+            norm, asked, stop = _step(run, batches, lr, step, window)
             run.stop.has_begun = True
             nonfinite.answer(norm, step + 1, batches, lambda: stream.micro_batches(position))  # noqa: B023
             step, position = step + 1, position + size
             report.advance(step)
-            last, better = step == run.num_steps, False
+            last, better, score = step == run.num_steps, False, None
             if step % spec.tracking.log_every_steps == 0 or last:
                 _record(run, report, window, Position(step, position), lr, norm, spikes)
                 window = Window.new(run.device)
             if _due(step, spec.evaluation.every_steps) or last:
                 scores, cut_short = _scored(run, report, step)
                 better = run.best is not None and not cut_short and run.best.see(step, scores)
+                score = scores[run.best.metric] if run.best is not None and not cut_short else None
                 last = last or (run.best is not None and run.best.is_exhausted)
-            if _due(step, spec.checkpoint.every_steps) or last or stop or better or cut_short:
-                _save(run, Position(step, position))
+            if _due(step, spec.checkpoint.every_steps) or last or stop or better or asked or cut_short:
+                _save(run, Position(step, position), score, saver)
             if last and not cut_short:
                 break
             if stop or cut_short:
+                saver.wait()
                 raise Preempted(f"told to stop: saved after step {step}; start the same command again to go on")
             waiting_since = time.perf_counter()
     if step > start.step:
@@ -196,15 +201,18 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _step(run: Run, batches: Sequence[Batch], lr: float, number: int, window: Window) -> tuple[float | None, bool]:
-    """One optimiser step; (gradient norm, None for a skipped step; whether any rank was told to stop)."""
+def _step(
+    run: Run, batches: Sequence[Batch], lr: float, number: int, window: Window
+) -> tuple[float | None, bool, bool]:
+    """One optimiser step; (gradient norm, None for a skipped step; whether to save; whether to save and stop)."""
     moved = [{name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
-    num_targets, num_tokens, stops = _sum_over_ranks(
+    num_targets, num_tokens, saves, stops = _sum_over_ranks(
         run,
         [
             sum(run.task.num_valid(batch) for batch in batches),
             sum(int(batch["attention_mask"].sum()) for batch in batches),
-            int(run.stop.requested),
+            int(run.world.is_first and run.due.save()),
+            int(run.stop.requested or (run.world.is_first and run.due.stop())),
         ],
     )
     scale = run.world.num_ranks / max(1.0, num_targets)  # engines average over ranks
@@ -217,7 +225,7 @@ def _step(run: Run, batches: Sequence[Batch], lr: float, number: int, window: Wi
         window.targets += num_targets
     window.tokens += num_tokens
     window.steps += 1
-    return norm, stops > 0
+    return norm, saves > 0, stops > 0
 
 
 def _sum_over_ranks(run: Run, values: list[float]) -> list[float]:
@@ -286,8 +294,10 @@ def evaluate(run: Run, max_samples: int | None) -> dict[str, float]:
     return metrics.result()
 
 
-def _save(run: Run, at: Position) -> None:
+def _save(run: Run, at: Position, score: float | None, saver: Saver) -> None:
     spec = run.spec
+    if run.world.is_first:
+        run.due.begun()
     manifest = Manifest(
         version=VERSION,
         step=at.step,
@@ -302,8 +312,7 @@ def _save(run: Run, at: Position) -> None:
         base=run.base,
         best=run.best.to_json() if run.best is not None else None,
         skipped_steps=run.num_skipped,
+        score=score,
     )
-    best_step = run.best.step if run.best is not None else None
-    folder = save_checkpoint(run.checkpoints, run.engine, manifest, run.hf_files, spec.checkpoint.keep_last, best_step)
+    saver.save(manifest)
     run.watchdog.seen()
-    LOG.info("saved %s", folder)

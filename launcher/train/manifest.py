@@ -37,6 +37,8 @@ class Manifest:
     """The best held-out score until then: `metric`, `value`, `step`, and `stale`, the evaluations since."""
     skipped_steps: int = 0
     """Steps until then that updated nothing."""
+    score: float | None = None
+    """Of `evaluation.metric`, where it was measured at this step."""
 
 
 @dataclass(frozen=True)

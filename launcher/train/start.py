@@ -20,10 +20,13 @@ from launcher.task import Task, task_of
 from launcher.train.agree import decide_on_first
 from launcher.train.base import base_reference, check_same_base
 from launcher.train.best import Best
-from launcher.train.checkpoint import check_same_layout, load_rng, newest_complete, verify_checksums
+from launcher.train.by_name import open_state
+from launcher.train.checkpoint import load_rng, newest_unaltered, restore_interrupted
+from launcher.train.due import Due
 from launcher.train.engine import Engine, make_engine
 from launcher.train.health import Watchdog
-from launcher.train.manifest import Saved
+from launcher.train.keep import in_use
+from launcher.train.manifest import Manifest, Saved
 from launcher.train.model import build_model
 from launcher.train.model_files import write_model_files
 from launcher.train.noise import add_noise
@@ -49,6 +52,7 @@ class Run:
     engine: Engine
     schedule: Schedule
     stop: StopFlag
+    due: Due
     hf_files: Path
     base: dict[str, Any] | None
     """Reference to the frozen weights that checkpoints leave out."""
@@ -81,21 +85,30 @@ class Position(NamedTuple):
     samples: int
 
 
-def resume_point(spec: JobSpec, plan: Plan) -> Saved | None:
+def resume_point(spec: JobSpec) -> Saved | None:
+    """The checkpoint to go on from, read once and found unaltered. All ranks together."""
     root = Path(spec.output_dir) / "checkpoints"
-    if not spec.checkpoint.resume and any(root.glob("step-*")):
+    decide_on_first(lambda: _check_may_start(spec, root))
+    return newest_unaltered(root, LOG.warning)
+
+
+def _check_may_start(spec: JobSpec, root: Path) -> None:
+    restore_interrupted(root)
+    if spec.checkpoint.resume == "never" and any(root.glob("step-*")):
         rule = "holds checkpoints of an earlier run, which would be overwritten"
-        raise CheckpointError(
-            "checkpoint.resume", False, f"{root} {rule}", "set it to true, or name another output_dir"
-        )
-    saved = newest_complete(root, LOG.warning)
-    if saved is not None:
-        check_same_layout(saved, plan.chosen.strategy, plan.engine, plan.num_ranks)
-    return saved
+        way_out = "set it to auto, or name another output_dir"
+        raise CheckpointError("checkpoint.resume", "never", f"{root} {rule}", way_out)
 
 
 def opened_training(spec: JobSpec, data: PreparedData, saved: Saved | None) -> TrainingData:
-    return open_training(spec, data, saved.manifest.cursor if saved else None, date.today().isoformat())
+    cursor = saved.manifest.cursor if saved and not _asks_anew(spec, saved, "fresh_data", True) else None
+    return open_training(spec, data, cursor, date.today().isoformat())
+
+
+def _asks_anew(spec: JobSpec, saved: Saved, key: str, value: Any) -> bool:
+    """Whether a fresh part is asked for that the checkpoint's own run had not been asked for: it is given once."""
+    was = saved.manifest.spec.get("checkpoint", {}).get(key)
+    return bool(getattr(spec.checkpoint, key) == value and was != value)
 
 
 def set_up(
@@ -121,9 +134,9 @@ def set_up(
     engine = make_engine(plan, spec, model, task, device)
     torch.manual_seed(spec.seed + 1 + world.rank)  # dropout: another stream on every rank
     watchdog = Watchdog(Path(spec.output_dir) / "logs" / f"stacks-{world.rank:05d}.txt", spec.tracking.hang_seconds)
-    return Run(
-        spec, plan, world, device, task, data, training, model, engine, schedule, stop, hf_files, base, watchdog, None
-    )
+    due = Due(spec.checkpoint, Path(spec.output_dir))
+    facts = (spec, plan, world, device, task, data, training)
+    return Run(*facts, model, engine, schedule, stop, due, hf_files, base, watchdog, None)
 
 
 def _num_steps(spec: JobSpec, training: TrainingData) -> int:
@@ -136,12 +149,34 @@ def _num_steps(spec: JobSpec, training: TrainingData) -> int:
 
 
 def restore(run: Run, saved: Saved) -> Position:
-    verify_checksums(saved)
     check_same_base(saved.manifest.base, run.base, str(saved.folder))
-    run.engine.load(saved.folder, with_frozen=saved.manifest.base is None)
-    load_rng(saved)
+    with in_use(saved.folder):
+        _load(run, saved)
+        load_rng(saved)
     run.skipped_before = saved.manifest.skipped_steps - run.engine.num_skipped
     return Position(saved.manifest.step, run.training.cursor.position)
+
+
+def _load(run: Run, saved: Saved) -> None:
+    """By the engine that wrote it where the layout is the same, else by name."""
+    manifest, with_frozen = saved.manifest, saved.manifest.base is None
+    weights_only = _asks_anew(run.spec, saved, "resume", "weights_only")
+    if not weights_only and _is_own_layout(manifest, run.plan):
+        run.engine.load(saved.folder, with_frozen)
+        return
+    state = open_state(saved.folder, "zero" if manifest.engine == "deepspeed" else "dcp")
+    run.engine.adopt(state, manifest.step, with_frozen, with_optimizer=not weights_only)
+
+
+def _is_own_layout(manifest: Manifest, plan: Plan) -> bool:
+    """torch DCP reshards by itself; DeepSpeed reads files of the stage, offload and ranks that wrote them."""
+    if manifest.engine != plan.engine:
+        return False
+    if plan.engine == "torch":
+        return True
+    if plan.chosen.layout.offload_optimizer != "nvme" and manifest.plan_digest != plan.digest():
+        return False
+    return manifest.strategy == plan.chosen.strategy and manifest.num_ranks == plan.num_ranks
 
 
 def opening(run: Run, saved: Saved | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,13 +26,17 @@ from launcher.cost.architecture import blocks_of
 from launcher.emit.fsdp import STRATEGIES, fsdp_settings
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
+from launcher.stored.state import State
 from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import ModelInputs
+from launcher.train.into_torch import fill_model, fill_optimizer
+from launcher.train.prove import is_plain
 from launcher.train.update import Update
 
 
 class TorchEngine:
     folder_name = "dcp"
+    can_copy = True
 
     def __init__(self, plan: Plan, spec: JobSpec, model: Any, task: Task, device: torch.device) -> None:
         self._task = task
@@ -77,8 +88,22 @@ class TorchEngine:
         self._model.train()
         return logits
 
+    def staged(self, folder: Path, with_frozen: bool, copy: bool) -> Callable[[Any], None]:
+        state: dict[str, Any] = self._state(with_frozen)
+        if copy:
+            state = BlockingAsyncStager().stage(state)
+        place = str(folder / self.folder_name)
+        return lambda group: dcp.save(state, checkpoint_id=place, process_group=group)
+
     def save(self, folder: Path, with_frozen: bool = True) -> None:
-        dcp.save(self._state(with_frozen), checkpoint_id=str(folder / self.folder_name))
+        self.staged(folder, with_frozen, copy=False)(None)
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        named = self._model.named_parameters()
+        return {name.removeprefix("module."): tuple(p.shape) for name, p in named if p.requires_grad}
+
+    def has_plain_optimizer(self) -> bool:
+        return all(is_plain(optimizer) for optimizer in self._update.optimizers)
 
     def load(self, folder: Path, with_frozen: bool = True) -> None:
         """Into this world's sharding, whatever the one that saved: DCP reshards."""
@@ -96,6 +121,30 @@ class TorchEngine:
         )
         if self._update.average is not None and "ema" not in state:
             self._update.average.restart()
+
+    def adopt(self, state: State, step: int, with_frozen: bool = True, with_optimizer: bool = True) -> None:
+        own = self._state(with_frozen)
+        if not with_frozen:  # torch leaves out frozen parameters, but not the second names of tied ones
+            own["model"] = {name: own["model"][name] for name in own["model"].keys() - self._frozen_names()}
+        fill_model(own["model"], state)
+        strict = StateDictOptions(strict=with_frozen)
+        if with_optimizer:
+            fill_optimizer(own["optim"], state)
+            set_state_dict(
+                self._model,
+                self._update.optimizers,
+                model_state_dict=own["model"],
+                optim_state_dict=own["optim"],
+                options=strict,
+            )
+        else:
+            set_model_state_dict(self._model, own["model"], options=strict)
+        if self._update.average is not None:
+            self._update.average.restart()
+
+    def _frozen_names(self) -> set[str]:
+        named = self._model.named_parameters(remove_duplicate=False)
+        return {name.removeprefix("module.") for name, parameter in named if not parameter.requires_grad}
 
     def _state(self, with_frozen: bool) -> dict[str, Any]:
         """By parameter name, so that it can be read under another sharding."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from launcher.emit.deepspeed_json import STAGES, deepspeed_config, load_preset
 from launcher.errors import ABSENT, CheckpointError
 from launcher.job.spec import JobSpec
 from launcher.plan.values import Plan
+from launcher.stored.state import State
 from launcher.task import Batch, Task, logits_of
 from launcher.train.engine import ModelInputs
+from launcher.train.held_files import HeldFiles
 from launcher.train.host_optim import check_nvme, host_adamw
+from launcher.train.into_zero import fill_engine
 from launcher.train.optim import make_optimizer, parameter_groups, take_shares
+from launcher.train.prove import is_plain
 
 TAG = "zero"
 
@@ -78,15 +83,42 @@ class ZeroEngine:
         self._engine.train()
         return logits
 
+    @property
+    def can_copy(self) -> bool:
+        return not self._engine.zero_nvme_offload_optimizer()
+
+    def staged(self, folder: Path, with_frozen: bool, copy: bool) -> Callable[[Any], None]:
+        """DeepSpeed hands each file's content to its checkpoint engine; ours keeps it until it is written."""
+        files = HeldFiles(copy)
+        own, self._engine.checkpoint_engine = self._engine.checkpoint_engine, files
+        try:
+            path = str(folder / self.folder_name)
+            self._engine.save_checkpoint(path, tag=TAG, exclude_frozen_parameters=not with_frozen)
+        finally:
+            self._engine.checkpoint_engine = own
+        return lambda _group: files.write()
+
     def save(self, folder: Path, with_frozen: bool = True) -> None:
-        path = str(folder / self.folder_name)
-        self._engine.save_checkpoint(path, tag=TAG, exclude_frozen_parameters=not with_frozen)
+        self.staged(folder, with_frozen, copy=False)(None)
+        torch.distributed.barrier()
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        named = ((name, parameter) for parameter, name in self._engine.param_names.items() if parameter.requires_grad)
+        return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
+
+    def has_plain_optimizer(self) -> bool:
+        return is_plain(self._engine.optimizer.optimizer) and self.can_copy
 
     def load(self, folder: Path, with_frozen: bool = True) -> None:
         path = folder / self.folder_name
         loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_module_strict=with_frozen)
         if loaded is None:  # DeepSpeed warns and would go on with fresh weights
             raise CheckpointError(str(path), ABSENT, "was not loaded by DeepSpeed", "see the log of this rank")
+
+    def adopt(self, state: State, step: int, with_frozen: bool = True, with_optimizer: bool = True) -> None:
+        fill_engine(self._engine, state, with_frozen, with_optimizer)
+        self._engine.global_steps = step
+        self._engine.skipped_steps = int(state.kept.get("skipped_steps") or 0) if with_optimizer else 0
 
     def close(self) -> None:
         self._engine.destroy()

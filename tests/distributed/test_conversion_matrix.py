@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from tools.conversion.opening import open_state
 from tools.convert import convert
-from tools.formats.state import STEP, State
-from tools.formats.values import whole
+from launcher.stored.state import STEP, State
+from launcher.stored.values import whole
 
 ENGINES = ("zero1", "zero2", "zero3", "fsdp")
 MODELS = ("gpt2", "llama", "bert", "bert_frozen", "gpt2_lora")

@@ -143,7 +143,7 @@ CASES = [
     spec("a list for a path", ("output_dir: run", "output_dir: [run]")),
     spec("an empty list of files", ("train: corpus.jsonl", "train: []")),
     spec("a number in a list of files", ("train: corpus.jsonl", "train: [corpus.jsonl, 3]")),
-    spec("a word for a boolean", more="checkpoint: {resume: sometimes}\n"),
+    spec("a word for a boolean", more="checkpoint: {asynchronous: sometimes}\n"),
     spec("a list for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training: [48, 8]")),
     spec("null for a section", ("training: {seq_len: 48, global_batch_size: 8, max_steps: 20}", "training:")),
     spec("unknown task", ("causal_lm", "masked_ml")),

@@ -10,7 +10,9 @@ import pytest
 
 from launcher.checksum import file_digest
 from launcher.errors import CheckpointError
-from launcher.train.checkpoint import _prune, _seal, check_same_layout, newest_complete
+from launcher.job.spec import CheckpointSection
+from launcher.train.checkpoint import LATEST, newest_complete, prune, restore_interrupted, seal
+from launcher.train.keep import in_use, kept
 from launcher.train.manifest import MANIFEST, VERSION, Manifest, read_saved
 
 
@@ -40,7 +42,7 @@ def checkpoint(root: Path, step: int, **changes: Any) -> Path:
         name: {"size": (partial / name).stat().st_size, "blake2b": file_digest(partial / name)}
         for name in ("zero/a.pt", "b.bin")
     }
-    _seal(partial, final, manifest(step, **changes), files)
+    seal(partial, final, manifest(step, **changes), files)
     return final
 
 
@@ -58,7 +60,8 @@ def test_a_sealed_folder_is_a_checkpoint(tmp_path: Path) -> None:
     assert saved.manifest.step == 20
     assert set(saved.manifest.files) == {"zero/a.pt", "b.bin"}
     assert not any(saved.is_altered(name) for name in saved.manifest.files)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-00000020"]
+    assert (tmp_path / LATEST).read_text() == "step-00000020"
 
 
 def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
@@ -180,8 +183,8 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
 def test_the_newest_are_kept(keep_last: int, left: list[int], tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint(tmp_path, step)
-    _prune(tmp_path, keep_last)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
+    prune(tmp_path, CheckpointSection(keep_last=keep_last))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST] + [f"step-{step:08d}" for step in left]
 
 
 def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
@@ -190,29 +193,59 @@ def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
         checkpoint(tmp_path, step)
     damage_manifest(tmp_path / "step-00000001")
     (tmp_path / "step-best").mkdir()
-    _prune(tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-best"]
+    prune(tmp_path, CheckpointSection(keep_last=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-00000001", "step-00000003", "step-best"]
 
 
-@pytest.mark.parametrize(
-    ("saved_by", "resumed_by", "works"),
-    [
-        (("zero2", "deepspeed", 2), ("zero2", "deepspeed", 2), True),
-        (("zero2", "deepspeed", 2), ("zero2", "deepspeed", 4), False),
-        (("zero2", "deepspeed", 2), ("zero3", "deepspeed", 2), False),
-        (("zero2", "deepspeed", 2), ("fsdp", "torch", 2), False),
-        (("fsdp", "torch", 2), ("fsdp", "torch", 8), True),
-        (("fsdp", "torch", 2), ("ddp", "torch", 1), True),
-        (("ddp", "torch", 1), ("zero1", "deepspeed", 1), False),
-    ],
-)
-def test_which_layout_resumes_which(saved_by: Any, resumed_by: Any, works: bool, tmp_path: Path) -> None:
-    """torch's folders under any torch layout; DeepSpeed's under the stage and ranks that wrote them."""
-    strategy, engine, num_ranks = saved_by
-    saved = read_saved(checkpoint(tmp_path, 1, strategy=strategy, engine=engine, num_ranks=num_ranks))
-    if works:
-        check_same_layout(saved, *resumed_by)
-        return
-    words = rf"was saved by {strategy} on {num_ranks} ranks and cannot be resumed by {resumed_by[0]} on {resumed_by[2]}"
-    with pytest.raises(CheckpointError, match=words):
-        check_same_layout(saved, *resumed_by)
+RULES = [
+    ({"keep_last": 1}, {8}),
+    ({"keep_last": 3}, {6, 7, 8}),
+    ({"keep_last": 1, "keep_every": 3}, {3, 6, 8}),
+    ({"keep_last": 1, "keep_best": 1}, {4, 8}),
+    ({"keep_last": 1, "keep_best": 2}, {2, 4, 8}),
+    ({"keep_last": 1, "keep_every": 4, "keep_best": 3}, {2, 4, 6, 8}),
+    ({"keep_last": 9, "keep_best": 9}, set(range(1, 9))),
+]
+
+
+@pytest.mark.parametrize(("rule", "stay"), RULES)
+def test_which_stay(rule: dict[str, int], stay: set[int]) -> None:
+    """The last k, every n-th, the best by score; of equal scores the earlier."""
+    scores: dict[int, float | None] = dict.fromkeys(range(1, 9))
+    scores |= {2: 0.5, 4: 0.9, 6: 0.5, 8: 0.1}
+    section = CheckpointSection.model_validate(rule)
+    assert kept(scores, section) == stay
+    turned = {step: None if score is None else -score for step, score in scores.items()}
+    assert kept(turned, section, greater_is_better=False) == stay
+
+
+def test_the_score_decides_on_disk_too(tmp_path: Path) -> None:
+    for step, score in ((1, 0.2), (2, 0.8), (3, None), (4, 0.3)):
+        checkpoint(tmp_path, step, score=score)
+    prune(tmp_path, CheckpointSection(keep_last=1, keep_best=1))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000004"]
+
+
+def test_one_that_is_read_is_not_taken_away(tmp_path: Path) -> None:
+    """It goes with the next deletion after its readers have gone; a second reader is no hindrance."""
+    rule = CheckpointSection(keep_last=1)
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+    old = tmp_path / "step-00000001"
+    with in_use(old), in_use(old):
+        prune(tmp_path, rule)
+        assert read_saved(old).manifest.step == 1
+    prune(tmp_path, rule)
+    assert not old.exists()
+
+
+def test_a_replacement_cut_in_the_middle_is_undone(tmp_path: Path) -> None:
+    """Between the two renames the checkpoint has another name; after both, what it replaced is left over."""
+    folder = checkpoint(tmp_path, 3, plan_digest="older")
+    folder.rename(folder.with_suffix(".old"))
+    restore_interrupted(tmp_path)
+    assert read_saved(folder).manifest.plan_digest == "older"
+    checkpoint(tmp_path, 4).rename(tmp_path / "step-00000003.old")
+    restore_interrupted(tmp_path)
+    assert read_saved(folder).manifest.plan_digest == "older"
+    assert not (tmp_path / "step-00000003.old").exists()

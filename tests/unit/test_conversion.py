@@ -30,8 +30,8 @@ from launcher.errors import CheckpointError
 from tests.support import REPO
 from tools.conversion.opening import open_state
 from tools.convert import convert, main
-from tools.formats.state import STEP
-from tools.formats.values import whole
+from launcher.stored.state import STEP
+from launcher.stored.values import whole
 from tools.inspection import main as inspect_main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # one process is meant

@@ -15,7 +15,7 @@ from launcher.stored.tensors import TensorEntry, safe_relative
 from tools.formats.expected import choose, expected_tensors
 from tools.formats.files import Copy
 from tools.formats.hf import read_config, write_json, write_side_files
-from tools.formats.values import Literal
+from launcher.stored.values import Literal
 from tools.formats.write_hf import index_of, plan_hf
 
 TENSORS = {

@@ -26,7 +26,7 @@ GOOD: dict[str, Any] = {
     "training": {"seq_len": 48, "global_batch_size": 8, "max_steps": 20, "lr": 1e-3},
     "parallel": {"strategy": "zero2", "micro_batch_size": 2},
     "cluster": {"name": "cpu", "gpus_per_node": 2},
-    "checkpoint": {"every_steps": 5, "resume": True},
+    "checkpoint": {"every_steps": 5, "asynchronous": True},
     "seed": 3,
 }
 
@@ -49,7 +49,7 @@ def test_every_example_is_a_valid_spec(path: Path) -> None:
         ("training.lr=1e-4", ("training", "lr"), 1e-4),
         ("training.lr = 2", ("training", "lr"), 2.0),
         ("seed=7", ("seed",), 7),
-        ("checkpoint.resume=false", ("checkpoint", "resume"), False),
+        ("checkpoint.asynchronous=false", ("checkpoint", "asynchronous"), False),
         ("checkpoint.every_steps=null", ("checkpoint", "every_steps"), None),
         ("checkpoint.every_steps=", ("checkpoint", "every_steps"), None),
         ("data.train=[x.txt, y.txt]", ("data", "train"), ("x.txt", "y.txt")),

@@ -28,8 +28,8 @@ import torch
 from launcher.spawn import start_python
 from launcher.units import show_bytes, show_time
 from tools.formats.files import JOURNAL, Copy
-from tools.formats.state import STEP, Group, Optimizer, State
-from tools.formats.values import Ledger, Literal
+from launcher.stored.state import STEP, Group, Optimizer, State
+from launcher.stored.values import Ledger, Literal
 from tools.formats.write_zero import ZeroTarget, plan_zero
 
 _LOOK_SECONDS = 0.02

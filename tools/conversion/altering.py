@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.state import State
-from tools.formats.values import Computed, Ledger, Values, whole
+from launcher.stored.state import State
+from launcher.stored.values import Computed, Ledger, Values, whole
 
 SHARES = re.compile(r"0?\.\d+|[1-9]\d*:[1-9]\d*")
 

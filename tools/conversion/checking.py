@@ -11,8 +11,8 @@ import transformers
 from launcher.errors import ABSENT, CheckpointError
 from tools.formats.expected import expected_tensors
 from tools.formats.hf import read_config
-from tools.formats.state import State
-from tools.formats.values import whole
+from launcher.stored.state import State
+from launcher.stored.values import whole
 
 
 class Difference(NamedTuple):

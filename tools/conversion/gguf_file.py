@@ -18,8 +18,8 @@ from launcher.stored.tensors import Progress
 from tools.conversion.model import written_as
 from tools.formats.expected import check_tied, choose, expected_tensors
 from tools.formats.hf import read_config
-from tools.formats.state import State
-from tools.formats.values import Ledger, Values, whole
+from launcher.stored.state import State
+from launcher.stored.values import Ledger, Values, whole
 
 FAMILIES = ("llama", "mistral")
 """`model_type` of what llama.cpp calls llama."""

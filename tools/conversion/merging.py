@@ -22,8 +22,8 @@ from tools.adapter import MergedSource, adapted_model, file_names, model_class, 
 from tools.formats.expected import Expected, expected_tensors
 from tools.formats.hf import read_config
 from tools.formats.read_hf import read_hf
-from tools.formats.state import State
-from tools.formats.values import Computed, Ledger, Literal, Values, whole
+from launcher.stored.state import State
+from launcher.stored.values import Computed, Ledger, Literal, Values, whole
 
 ROOT = "base_model.model"
 """Where peft puts the model that it adapts."""

@@ -17,8 +17,8 @@ from tools.conversion.placing import Finish
 from tools.conversion.quantizing import quantize
 from tools.formats.files import Planned
 from tools.formats.hf import read_config, write_json, write_side_files
-from tools.formats.state import State
-from tools.formats.values import Values
+from launcher.stored.state import State
+from launcher.stored.values import Values
 from tools.formats.write_hf import checksums_of, index_of, plan_hf
 
 

@@ -16,7 +16,7 @@ from launcher.stored.records import StoredBytes
 from launcher.stored.tensors import Progress
 from tools.formats.files import JOURNAL, Copy, Planned, plan_digest
 from tools.formats.hf import fsync_folder
-from tools.formats.values import Ledger, stored_in
+from launcher.stored.values import Ledger, stored_in
 
 LOCK = ".convert.lock"
 Finish = Callable[[Path, Mapping[str, Sequence[int]]], None]

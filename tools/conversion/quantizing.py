@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.values import Computed, Ledger, Literal, Values, whole
+from launcher.stored.values import Computed, Ledger, Literal, Values, whole
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (128, 64, 32)

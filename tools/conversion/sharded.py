@@ -10,8 +10,8 @@ import torch
 from launcher.errors import ABSENT, CheckpointError
 from tools.conversion.options import Options
 from tools.formats.files import Planned
-from tools.formats.state import STEP, Group, Optimizer, State, check_whole
-from tools.formats.values import numel, same_values, whole
+from launcher.stored.state import STEP, Group, Optimizer, State, check_whole
+from launcher.stored.values import numel, same_values, whole
 from tools.formats.write_zero import ZeroTarget, plan_universal, plan_zero, same_steps
 
 DEFAULT_STAGE = 3

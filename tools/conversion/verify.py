@@ -10,8 +10,8 @@ import torch
 from launcher.errors import CheckpointError
 from launcher.stored.tensors import Progress
 from tools.formats.files import Part, read_as
-from tools.formats.state import State
-from tools.formats.values import CHUNK_BYTES, Values, num_bytes, numel
+from launcher.stored.state import State
+from launcher.stored.values import CHUNK_BYTES, Values, num_bytes, numel
 
 WAY_OUT = "report it: the result was removed"
 

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.values import Values, same_values
+from launcher.stored.values import Values, same_values
 
 # What configurations and constructors of transformers raise for values they cannot use.
 BAD_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)

@@ -21,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from launcher.errors import ABSENT, CheckpointError
 from launcher.stored.tensors import Progress
-from tools.formats.values import CHUNK_BYTES, Ledger, Values
+from launcher.stored.values import CHUNK_BYTES, Ledger, Values
 
 JOURNAL = ".convert.jsonl"
 FLUSH_BYTES = 64 * 2**20

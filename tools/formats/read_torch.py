@@ -11,8 +11,8 @@ from launcher.stored import torch_zip
 from launcher.stored.dcp import OPTIMIZER_ROOTS
 from launcher.stored.records import StoredTensor
 from launcher.stored.safe_pickle import damage_named
-from tools.formats.state import STEP, Group, Optimizer, State
-from tools.formats.values import Literal, Values, stored_tensor
+from launcher.stored.state import STEP, Group, Optimizer, State
+from launcher.stored.values import Literal, Values, stored_tensor
 
 MODEL_ROOTS = ("model", "state_dict", "model_state_dict", "module")
 STEPS = ("step", "global_step", "global_steps")

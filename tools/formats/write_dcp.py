@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from tools.formats.archive import Archive, PlannedTensor, archive_file, plan_archive
 from tools.formats.files import Part, Planned, Slot, literal_file
-from tools.formats.state import STEP, State
-from tools.formats.values import Values, numel
+from launcher.stored.state import STEP, State
+from launcher.stored.values import Values, numel
 
 METADATA_VERSION = "1.0.0"  # torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION
 Path_ = tuple[str | int, ...]

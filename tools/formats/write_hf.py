@@ -10,7 +10,7 @@ from launcher.errors import CheckpointError
 from launcher.stored.tensors import TensorEntry
 from tools.formats.files import Part, Planned, Slot
 from tools.formats.hf import CHECKSUMS, DTYPE_NAMES, HEADER, Shard, plan_shards
-from tools.formats.values import Values, numel
+from launcher.stored.values import Values, numel
 
 
 def plan_hf(

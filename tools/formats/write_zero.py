@@ -22,8 +22,8 @@ from tools.formats.archive import (
     archive_file,
 )
 from tools.formats.files import Part, Planned, literal_file
-from tools.formats.state import STEP, Group, State
-from tools.formats.values import Values, numel, whole
+from launcher.stored.state import STEP, Group, State
+from launcher.stored.values import Values, numel, whole
 
 DS_VERSION = "0.19.8"
 NCCL_ALIGNMENT = 2

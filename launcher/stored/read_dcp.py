@@ -13,8 +13,8 @@ from launcher.stored import torch_zip
 from launcher.stored.dcp import OPTIMIZER_ROOTS, Chunk, _chunks, _entry, _model_keys, _places
 from launcher.stored.records import DAMAGED, USE_ANOTHER, StoredTensor
 from launcher.stored.safe_pickle import damage_named, unpickle
-from tools.formats.state import STEP, Group, Optimizer, State
-from tools.formats.values import Stored, Values, box_runs, stored_tensor, whole
+from launcher.stored.state import STEP, Group, Optimizer, State
+from launcher.stored.values import Stored, Values, box_runs, stored_tensor, whole
 
 Keys = dict[tuple[str, ...], str]
 """Path in the saved state dict -> key in the checkpoint."""

@@ -11,7 +11,7 @@ import torch
 
 from launcher.errors import CheckpointError
 from launcher.stored.records import StoredBytes
-from tools.formats.values import Values
+from launcher.stored.values import Values
 
 STEP = "step"
 """The one state of an optimiser that is a number for each parameter; all others have the parameter's shape."""

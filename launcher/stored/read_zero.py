@@ -14,8 +14,8 @@ from launcher.errors import ABSENT, CheckpointError
 from launcher.stored import torch_zip, zero
 from launcher.stored.records import StoredTensor
 from launcher.stored.safe_pickle import damage_named
-from tools.formats.state import STEP, Group, Optimizer, State
-from tools.formats.values import Literal, Run, Stored, Values, stored_tensor, whole
+from launcher.stored.state import STEP, Group, Optimizer, State
+from launcher.stored.values import Literal, Run, Stored, Values, stored_tensor, whole
 
 KNOWN_BELOW = Version("0.20")
 """DeepSpeed 0.19.8 is what was read; the layouts of later series are not known yet."""
