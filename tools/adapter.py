@@ -17,10 +17,10 @@ import transformers
 from safetensors.torch import save_file
 
 from launcher.errors import ABSENT, CheckpointError
-from launcher.stored.tensors import TensorEntry
-from launcher.train.base import ADAPTER, check_base_files
 from launcher.stored.state import State
+from launcher.stored.tensors import TensorEntry
 from launcher.stored.values import whole
+from launcher.train.base import ADAPTER, check_base_files
 
 OPENERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from launcher.train.manifest import read_saved
-from tools.formats.files import Part, read_as
-from tools.formats.locate import Checkpoint, steps_of
 from launcher.stored.read_dcp import read_dcp
 from launcher.stored.state import State
 from launcher.stored.values import Ledger, Values
+from launcher.train.manifest import read_saved
+from tools.formats.files import Part, read_as
+from tools.formats.locate import Checkpoint, steps_of
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from rich.progress import Progress as ProgressBar
 
 from launcher.errors import ABSENT, EXIT_DONE, EXIT_OURS, CheckpointError, UserError
 from launcher.stored.safe_pickle import trusting
+from launcher.stored.state import State
 from launcher.stored.tensors import Progress
+from launcher.stored.values import Ledger, Values
 from tools.averages import best_step, moving_average, newest_steps
 from tools.conversion.altering import average, parse_weights
 from tools.conversion.model import plan_model, plan_weights
@@ -43,8 +45,6 @@ from tools.conversion.verify import verify_result
 from tools.formats.files import Planned
 from tools.formats.hf import copy_side_files, fsync_folder
 from tools.formats.locate import has_adapter, locate
-from launcher.stored.state import State
-from launcher.stored.values import Ledger, Values
 
 STRATEGIES = {"zero1": 1, "zero2": 2, "zero3": 3}
 

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.errors import EXIT_DONE, UserError
+from launcher.stored.state import STEP, State
+from launcher.stored.values import Ledger, Stored, Values, num_bytes, numel
 from launcher.units import show_bytes, show_count
 from tools.conversion.opening import Opened, locate_source
 from tools.conversion.verify import stretches
-from launcher.stored.state import STEP, State
-from launcher.stored.values import Ledger, Stored, Values, num_bytes, numel
 
 
 def describe(opened: Opened) -> dict[str, Any]:

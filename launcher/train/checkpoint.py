@@ -107,9 +107,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def prune(
-    root: Path, rule: CheckpointSection, best_step: int | None = None, greater_is_better: bool = True
-) -> None:
+def prune(root: Path, rule: CheckpointSection, best_step: int | None = None, greater_is_better: bool = True) -> None:
     """Deletes what the rule does not keep, but for `best_step`; one that is being read stays until the next save."""
     complete = {_step_of(folder): folder for folder in _step_folders(root) if (folder / MANIFEST).is_file()}
     scores = {step: _score(folder) for step, folder in complete.items()}

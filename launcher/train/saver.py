@@ -79,6 +79,10 @@ class Saver:
         self._thread = threading.Thread(target=self._finish_behind, args=(work,), daemon=True)
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when nothing is being written; raises what went wrong meanwhile."""
         if self._thread is not None:

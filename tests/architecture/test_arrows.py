@@ -133,6 +133,7 @@ READS_ENVIRONMENT = {
     "launcher/command/launch_hosts.py": "what of it goes to ranks elsewhere",
     "launcher/run.py": "hands it to World.detect, which takes any mapping; a rank that failed early asks for RANK",
     "tools/evaluate.py": "hands it to World.detect, which takes any mapping",
+    "tools/bench/_ranks.py": "torch and DeepSpeed look there for the facts of the one rank",
     "launcher/cost/measure.py": "a process of its own: keeps transformers from writing into its answer",
 }
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.conversion.opening import open_state
-from tools.convert import convert
 from launcher.stored.state import STEP, State
 from launcher.stored.values import whole
+from tools.conversion.opening import open_state
+from tools.convert import convert
 
 ENGINES = ("zero1", "zero2", "zero3", "fsdp")
 MODELS = ("gpt2", "llama", "bert", "bert_frozen", "gpt2_lora")

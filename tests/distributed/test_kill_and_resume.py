@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from launcher.data.prepare import prepare
 from launcher.job import parse_spec
+from launcher.train.due import WISH
 from tests.support import REPO, job, kill_tree, records, run_ranks, started, torchrun
 from tools.convert import convert
 
@@ -96,6 +97,13 @@ def test_cut_checkpoint_is_passed_over(corpus: Path, tmp_path: Path) -> None:
     assert f"resuming from {older}" in said
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
 
+    whole = bytearray(largest.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    largest.write_bytes(whole)
+    assert run_ranks(command, log) == 0, log.read_text()[-3000:]
+    assert "was altered: its checksum differs" in log.read_text()
+    assert f"resuming from {older}" in log.read_text()
+
     shutil.rmtree(older)
     (newest / "manifest.json").unlink()
     run_ranks(command, log)
@@ -111,3 +119,31 @@ def test_another_batch_size_goes_on_where_the_data_stood(corpus: Path, tmp_path:
     assert run_ranks([*map(str, command), "--set", "training.max_steps=3"], log) == 0, log.read_text()[-3000:]
     assert run_ranks([*map(str, command), "--set", "training.global_batch_size=16"], log) == 0, log.read_text()[-3000:]
     assert [record["samples"] for record in records(path.parent / "run")] == [8, 16, 24, 40, 56, 72]
+
+
+def test_another_engine_goes_on_from_there(corpus: Path, tmp_path: Path) -> None:
+    """Saved by torch on one rank, gone on with by ZeRO-2, then asked for weights only: the same curve, then another.
+
+    A file in the run's folder asks for a checkpoint after the first step; the manifest knows the run that it was.
+    """
+    path, log = spec_file(tmp_path / "engines", corpus, "ddp"), tmp_path / "log"
+    run = path.parent / "run"
+    one = ["--set", "cluster.gpus_per_node=1", "--set", "parallel.micro_batch_size=8"]
+    command = [sys.executable, str(RUN), "--spec", str(path), *one, "--set", "checkpoint.keep_last=9"]
+    run.mkdir(exist_ok=True)
+    (run / WISH).touch()
+    assert run_ranks(command, log) == 0, log.read_text()[-3000:]
+    saved = run / "checkpoints"
+    assert sorted(folder.name for folder in saved.glob("step-*")) == [f"step-{step:08d}" for step in (1, 3, 6)]
+    assert not (run / WISH).exists()
+    straight = [record["loss"] for record in records(run)]
+
+    def again(*more: str) -> list[float]:
+        shutil.rmtree(saved / "step-00000006")
+        assert run_ranks([*command, *more], log) == 0, log.read_text()[-3000:]
+        return [record["loss"] for record in records(run)]
+
+    assert again("--set", "parallel.strategy=zero2") == pytest.approx(straight, rel=1e-5)
+    fresh = again("--set", "checkpoint.resume=weights_only")
+    assert fresh[:4] == pytest.approx(straight[:4], rel=1e-5)
+    assert abs(fresh[4] - straight[4]) > 1e-4 * straight[4]

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from launcher.errors import CheckpointError
+from launcher.stored.state import STEP
+from launcher.stored.values import whole
 from tests.support import REPO
 from tools.conversion.opening import open_state
 from tools.convert import convert, main
-from launcher.stored.state import STEP
-from launcher.stored.values import whole
 from tools.inspection import main as inspect_main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # one process is meant

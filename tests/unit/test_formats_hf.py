@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from launcher.errors import CheckpointError
 from launcher.stored.tensors import TensorEntry, safe_relative
+from launcher.stored.values import Literal
 from tools.formats.expected import choose, expected_tensors
 from tools.formats.files import Copy
 from tools.formats.hf import read_config, write_json, write_side_files
-from launcher.stored.values import Literal
 from tools.formats.write_hf import index_of, plan_hf
 
 TENSORS = {

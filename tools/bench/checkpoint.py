@@ -26,10 +26,10 @@ import psutil
 import torch
 
 from launcher.spawn import start_python
-from launcher.units import show_bytes, show_time
-from tools.formats.files import JOURNAL, Copy
 from launcher.stored.state import STEP, Group, Optimizer, State
 from launcher.stored.values import Ledger, Literal
+from launcher.units import show_bytes, show_time
+from tools.formats.files import JOURNAL, Copy
 from tools.formats.write_zero import ZeroTarget, plan_zero
 
 _LOOK_SECONDS = 0.02

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.formats.expected import expected_tensors
-from tools.formats.hf import read_config
 from launcher.stored.state import State
 from launcher.stored.values import whole
+from tools.formats.expected import expected_tensors
+from tools.formats.hf import read_config
 
 
 class Difference(NamedTuple):

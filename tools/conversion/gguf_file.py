@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
+from launcher.stored.state import State
 from launcher.stored.tensors import Progress
+from launcher.stored.values import Ledger, Values, whole
 from tools.conversion.model import written_as
 from tools.formats.expected import check_tied, choose, expected_tensors
 from tools.formats.hf import read_config
-from launcher.stored.state import State
-from launcher.stored.values import Ledger, Values, whole
 
 FAMILIES = ("llama", "mistral")
 """`model_type` of what llama.cpp calls llama."""

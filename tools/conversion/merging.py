@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from launcher.errors import ABSENT, CheckpointError
+from launcher.stored.state import State
+from launcher.stored.values import Computed, Ledger, Literal, Values, whole
 from launcher.train.base import ADAPTER, check_base_files
 from tools.adapter import MergedSource, adapted_model, file_names, model_class, model_settings
 from tools.formats.expected import Expected, expected_tensors
 from tools.formats.hf import read_config
 from tools.formats.read_hf import read_hf
-from launcher.stored.state import State
-from launcher.stored.values import Computed, Ledger, Literal, Values, whole
 
 ROOT = "base_model.model"
 """Where peft puts the model that it adapts."""

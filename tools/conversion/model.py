@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from launcher.stored.state import State
 from launcher.stored.tensors import TensorEntry
+from launcher.stored.values import Values
 from tools.conversion.altering import prune
 from tools.conversion.options import Options
 from tools.conversion.placing import Finish
 from tools.conversion.quantizing import quantize
 from tools.formats.files import Planned
 from tools.formats.hf import read_config, write_json, write_side_files
-from launcher.stored.state import State
-from launcher.stored.values import Values
 from tools.formats.write_hf import checksums_of, index_of, plan_hf
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from launcher.errors import CheckpointError
+from launcher.stored.read_dcp import read_dcp
+from launcher.stored.read_zero import read_universal, read_zero
+from launcher.stored.state import State
 from launcher.stored.tensors import Progress
 from launcher.train.manifest import read_saved
 from tools.formats.locate import Checkpoint, Kind, locate, verify
-from launcher.stored.read_dcp import read_dcp
 from tools.formats.read_hf import read_hf, read_peft
 from tools.formats.read_torch import read_torch
-from launcher.stored.read_zero import read_universal, read_zero
-from launcher.stored.state import State
 
 READERS = {
     "zero": read_zero, "universal": read_universal, "dcp": read_dcp, "hf": read_hf, "torch": read_torch,

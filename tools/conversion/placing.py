@@ -14,9 +14,9 @@ from typing import Any
 from launcher.errors import ABSENT, CheckpointError
 from launcher.stored.records import StoredBytes
 from launcher.stored.tensors import Progress
+from launcher.stored.values import Ledger, stored_in
 from tools.formats.files import JOURNAL, Copy, Planned, plan_digest
 from tools.formats.hf import fsync_folder
-from launcher.stored.values import Ledger, stored_in
 
 LOCK = ".convert.lock"
 Finish = Callable[[Path, Mapping[str, Sequence[int]]], None]

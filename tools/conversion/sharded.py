@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from launcher.errors import ABSENT, CheckpointError
-from tools.conversion.options import Options
-from tools.formats.files import Planned
 from launcher.stored.state import STEP, Group, Optimizer, State, check_whole
 from launcher.stored.values import numel, same_values, whole
+from tools.conversion.options import Options
+from tools.formats.files import Planned
 from tools.formats.write_zero import ZeroTarget, plan_universal, plan_zero, same_steps
 
 DEFAULT_STAGE = 3

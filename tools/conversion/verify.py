@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from launcher.errors import CheckpointError
-from launcher.stored.tensors import Progress
-from tools.formats.files import Part, read_as
 from launcher.stored.state import State
+from launcher.stored.tensors import Progress
 from launcher.stored.values import CHUNK_BYTES, Values, num_bytes, numel
+from tools.formats.files import Part, read_as
 
 WAY_OUT = "report it: the result was removed"
 

@@ -15,10 +15,10 @@ from isal.isal_zlib import crc32
 
 from launcher.errors import ABSENT, CheckpointError
 from launcher.stored.records import USE_ANOTHER, StoredBytes
-from launcher.stored.tensors import safe_relative
-from tools.formats.hf import CHECKSUMS, DTYPE_NAMES, HEADER
 from launcher.stored.state import State
+from launcher.stored.tensors import safe_relative
 from launcher.stored.values import Run, Stored
+from tools.formats.hf import CHECKSUMS, DTYPE_NAMES, HEADER
 
 NAMED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 DAMAGED = "was cut short or damaged, or is not a safetensors file"

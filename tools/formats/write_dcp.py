@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tools.formats.archive import Archive, PlannedTensor, archive_file, plan_archive
-from tools.formats.files import Part, Planned, Slot, literal_file
 from launcher.stored.state import STEP, State
 from launcher.stored.values import Values, numel
+from tools.formats.archive import Archive, PlannedTensor, archive_file, plan_archive
+from tools.formats.files import Part, Planned, Slot, literal_file
 
 METADATA_VERSION = "1.0.0"  # torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION
 Path_ = tuple[str | int, ...]

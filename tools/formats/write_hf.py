@@ -8,9 +8,9 @@ from isal.isal_zlib import crc32
 
 from launcher.errors import CheckpointError
 from launcher.stored.tensors import TensorEntry
+from launcher.stored.values import Values, numel
 from tools.formats.files import Part, Planned, Slot
 from tools.formats.hf import CHECKSUMS, DTYPE_NAMES, HEADER, Shard, plan_shards
-from launcher.stored.values import Values, numel
 
 
 def plan_hf(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from launcher.stored.state import STEP, Group, State
+from launcher.stored.values import Values, numel, whole
 from tools.formats.archive import (
     DynamicLossScaler,
     Foreign,
@@ -22,8 +24,6 @@ from tools.formats.archive import (
     archive_file,
 )
 from tools.formats.files import Part, Planned, literal_file
-from launcher.stored.state import STEP, Group, State
-from launcher.stored.values import Values, numel, whole
 
 DS_VERSION = "0.19.8"
 NCCL_ALIGNMENT = 2
