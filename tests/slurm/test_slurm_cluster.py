@@ -234,7 +234,7 @@ def submitted(cluster: dict[str, str], root: Path, write_spec: Callable[..., Pat
 
 def befall(done: Campaign, cluster: dict[str, str], lab: Path) -> None:
     waiting, paused, stopped_controller = dict(done.drills), None, False
-    end = time.monotonic() + 420
+    end = time.monotonic() + 900  # Slurm waits by its own timers, and a busy machine trains slowly
     while squeue(cluster):
         assert time.monotonic() < end, squeue(cluster)
         if paused is None and step_of(done.run("limited")) >= 5:
